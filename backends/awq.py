@@ -1,0 +1,112 @@
+"""AWQ: 4-bit asymmetric groups with activation-aware scaling, out of checkpoints in AutoAWQ's GEMM format.
+
+On CUDA the computation is in float16 whatever was asked, as transformers' AWQ quantizer decides: that is
+the dtype in which Qwen2 overflows, so it is recorded and shown. On a CPU gptqmodel's ATen kernel trains
+in the requested dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends import _gptqmodel as shared
+from bench.ask.experiment import Dtype
+from bench.load.contract import Layer, PackedBackend, Shape
+
+if TYPE_CHECKING:
+    import torch
+
+AUTOMATIC_KERNELS = {"cpu": "awq_torch_aten", "cuda": "awq_gemm"}
+COLUMN_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""AutoAWQ's interleave of 8 output columns in a word."""
+
+
+class Awq(PackedBackend):
+    """AWQ 4-bit asymmetric, groups of 128, out of a pre-quantized checkpoint (gptqmodel)."""
+
+    variants = {"awq": shared.PackedOptions()}
+    requires = ("gptqmodel", "optimum")
+    extra = "awq"
+    codes = ("qweight",)
+    method = "awq"
+    packed_names = ("qweight", "qzeros", "scales")
+    options: shared.PackedOptions
+
+    def effective_dtype(self, requested: Dtype) -> Dtype:
+        """float16 on CUDA (transformers' AwqQuantizer.update_dtype); as asked on a CPU."""
+        if self.device == "cuda" and requested != "float16":
+            self.notes.append(f"float16 instead of {requested}: the AWQ kernels on CUDA compute in float16")
+            return "float16"
+        return requested
+
+    def fit(self, shapes: Sequence[Shape]) -> None:
+        """Replace a group size that does not divide the input features."""
+        self.options, note = shared.fitted(self.options, shapes, self.device)
+        self.notes += [note] if note else []
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over a published checkpoint's group size; only the GEMM layout trains."""
+        group = shared.checked_group(config, self.method, self.device)
+        layout = str(config.get("version", config.get("format", "gemm"))).lower()
+        if layout != "gemm":
+            raise ValueError(f"the checkpoint's layout '{layout}' is not 'gemm', the one that trains")
+        self.options = self.options.model_copy(update={"group_size": group})
+
+    def config(self) -> dict[str, Any]:
+        """As AutoAWQ writes it."""
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.options.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": None,
+        }
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Round to nearest without activation scaling: scale = (max - min)/15 of each group."""
+        import torch
+
+        dense = weight.to(torch.float32)
+        rows, columns = dense.shape
+        groups = dense.reshape(rows, -1, self.options.group_size)
+        low, high = groups.amin(dim=2).clamp_max(0), groups.amax(dim=2).clamp_min(0)
+        scale = ((high - low) / 15).to(torch.float16)  # (out, groups)
+        step = scale.to(torch.float32).clamp_min(torch.finfo(torch.float16).tiny)
+        zeros = torch.round(-low / step).clamp(0, 15)
+        codes = (torch.round(groups / step.unsqueeze(2)) + zeros.unsqueeze(2)).clamp(0, 15)
+        codes = codes.reshape(rows, columns).to(torch.int32).t().contiguous()
+        return {
+            "qweight": shared.pack_columns(codes, COLUMN_ORDER),
+            "qzeros": shared.pack_columns(zeros.to(torch.int32).t().contiguous(), COLUMN_ORDER),
+            "scales": scale.t().contiguous(),
+        }
+
+    def linear(self, layer: Layer) -> torch.nn.Module:
+        """gptqmodel's AWQ layer."""
+        kernel = shared.kernel_class("awq", "gemm", self.options, self.device, AUTOMATIC_KERNELS)
+        built = shared.fill(kernel, layer, self.options, symmetric=False, names=self.packed_names)
+        built.post_init()
+        return built  # type: ignore[no-any-return]
+
+    def expected_bits(self, shape: Shape) -> float:
+        """4 + (16 + 4)/group for float16 scales and packed zeros."""
+        return 4 + 20 / self.options.group_size
+
+    def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
+        """Real AWQ (scales searched on activations, 2306.00978) by gptqmodel."""
+        shared.run_calibration(
+            model_folder,
+            output,
+            texts,
+            {
+                "bits": 4,
+                "group_size": self.options.group_size,
+                "sym": False,
+                "quant_method": "awq",
+                "format": "gemm",
+            },
+        )
+        return "awq"

@@ -1,0 +1,122 @@
+"""bitsandbytes: NF4 with and without double quantization, and LLM.int8().
+
+Layers are built as transformers builds them (``bnb.nn.Linear4bit``, ``bnb.nn.Linear8bitLt``); moving the
+weight to its device is what quantizes it. The compute dtype is always given: bitsandbytes' own default
+is float32, which is slow.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from bench.load.contract import Backend, Layer, Options, Shape
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 64
+"""Weights that share one absmax (Linear4bit's default on every device)."""
+DOUBLE_QUANT_BLOCK = 256
+"""Absmax values that share one second-level absmax."""
+
+
+class FourBit(Options):
+    """Options of the 4-bit variants."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quantization: bool = False
+
+
+class Nf4(Backend):
+    """bitsandbytes NF4: 4-bit NormalFloat in blocks of 64, one float32 absmax a block."""
+
+    variants = {"bnb-nf4": FourBit()}
+    requires = ("bitsandbytes",)
+    extra = "bnb"
+    options: FourBit
+
+    def linear(self, layer: Layer) -> torch.nn.Module:
+        """A frozen bnb.nn.Linear4bit; blocks of 64 weights along the flattened matrix."""
+        import bitsandbytes as bnb
+        import torch
+
+        built = bnb.nn.Linear4bit(
+            layer.shape.in_features,
+            layer.shape.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=layer.dtype,
+            compress_statistics=self.options.double_quantization,
+            quant_type=self.options.quant_type,
+            device="meta",
+        )
+        weight = bnb.nn.Params4bit(
+            layer.tensors["weight"].to(layer.dtype),
+            requires_grad=False,
+            blocksize=BLOCK,
+            compress_statistics=self.options.double_quantization,
+            quant_type=self.options.quant_type,
+            module=built,
+        )
+        built.weight = weight.to(layer.device)
+        if layer.bias is not None:
+            built.bias = torch.nn.Parameter(layer.bias, requires_grad=False)
+        return built  # type: ignore[no-any-return]
+
+    def expected_bits(self, shape: Shape) -> float:
+        """4 + 32/64 = 4.5; with double quantization 4 + 8/64 + 32/(64*256) = 4.127 (QLoRA, section 3);
+        plus the code tables of each layer, 16 (and 256) float32 values."""
+        blocks = math.ceil(shape.weights / BLOCK)
+        size = math.ceil(shape.weights / 2) + 16 * 4
+        if self.options.double_quantization:
+            size += blocks + math.ceil(blocks / DOUBLE_QUANT_BLOCK) * 4 + 256 * 4 + 4
+        else:
+            size += blocks * 4
+        return size * 8 / shape.weights
+
+
+class Nf4DoubleQuantization(Nf4):
+    """bitsandbytes NF4 with double quantization: the absmax values are themselves 8-bit."""
+
+    variants = {"bnb-nf4-dq": FourBit(double_quantization=True)}
+
+
+class EightBit(Options):
+    """Options of the int8 variant."""
+
+    outlier_threshold: float = 6.0
+    """Input columns with a larger magnitude are multiplied in the compute dtype (LLM.int8(), 2208.07339)."""
+
+
+class Int8(Backend):
+    """bitsandbytes LLM.int8(): int8 weights per output row, activations quantized in forward too."""
+
+    variants = {"bnb-int8": EightBit()}
+    requires = ("bitsandbytes",)
+    extra = "bnb"
+    options: EightBit
+
+    def linear(self, layer: Layer) -> torch.nn.Module:
+        """A frozen bnb.nn.Linear8bitLt without float16 master weights."""
+        import bitsandbytes as bnb
+        import torch
+
+        built = bnb.nn.Linear8bitLt(
+            layer.shape.in_features,
+            layer.shape.out_features,
+            bias=layer.bias is not None,
+            has_fp16_weights=False,
+            threshold=self.options.outlier_threshold,
+            device="meta",
+        )
+        # The quantizing kernel takes float16 and would cast itself; bfloat16 values of ordinary size
+        # lose nothing in the cast, since float16 has more mantissa bits.
+        weight = bnb.nn.Int8Params(layer.tensors["weight"], requires_grad=False, has_fp16_weights=False)
+        built.weight = weight.to(layer.device)
+        if layer.bias is not None:
+            built.bias = torch.nn.Parameter(layer.bias, requires_grad=False)
+        return built  # type: ignore[no-any-return]
+
+    def expected_bits(self, shape: Shape) -> float:
+        """8 bits, and one float32 scale for each output row."""
+        return 8 + 32 / shape.in_features

@@ -1,0 +1,115 @@
+"""GPTQ: 4-bit symmetric groups along the input, out of checkpoints in AutoGPTQ's format.
+
+Training uses gptqmodel's dequantize-and-multiply kernels: ATen on a CPU, Triton v2 (which in training
+mode falls back to torch) on CUDA. Published checkpoints load as they are; models that have none are
+packed once, by rounding to nearest or by real GPTQ calibration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends import _gptqmodel as shared
+from bench.load.contract import Layer, PackedBackend, Shape
+
+if TYPE_CHECKING:
+    import torch
+
+AUTOMATIC_KERNELS = {"cpu": "gptq_torch_aten", "cuda": "gptq_triton"}
+
+
+class Gptq(PackedBackend):
+    """GPTQ 4-bit symmetric, groups of 128, out of a pre-quantized checkpoint (gptqmodel)."""
+
+    variants = {"gptq": shared.PackedOptions()}
+    requires = ("gptqmodel", "optimum")
+    extra = "gptq"
+    codes = ("qweight",)
+    method = "gptq"
+    packed_names = ("qweight", "qzeros", "scales", "g_idx")
+    options: shared.PackedOptions
+    zero_points_are_stored_less_one = True
+    """AutoGPTQ's first format ("gptq") stores zero - 1; "gptq_v2" stores zero."""
+
+    def fit(self, shapes: Sequence[Shape]) -> None:
+        """Replace a group size that does not divide the input features."""
+        self.options, note = shared.fitted(self.options, shapes, self.device)
+        self.notes += [note] if note else []
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over a published checkpoint's group size and zero-point format."""
+        group = shared.checked_group(config, self.method, self.device)
+        layout = config.get("checkpoint_format", config.get("format", "gptq"))
+        if layout not in ("gptq", "gptq_v2"):
+            raise ValueError(f"the checkpoint's format '{layout}' is not 'gptq' or 'gptq_v2'")
+        self.zero_points_are_stored_less_one = layout == "gptq"
+        self.options = self.options.model_copy(update={"group_size": group})
+
+    def config(self) -> dict[str, Any]:
+        """As AutoGPTQ writes it."""
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": self.options.group_size,
+            "desc_act": False,
+            "sym": True,
+            "checkpoint_format": "gptq",
+            "true_sequential": True,
+            "damp_percent": 0.01,
+        }
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Round to nearest: scale = 2*absmax/15 of each group, zero point 8, w = scale * (code - 8)."""
+        import torch
+
+        dense = weight.to(torch.float32)
+        rows, columns = dense.shape
+        groups = dense.reshape(rows, -1, self.options.group_size)
+        scale = (groups.abs().amax(dim=2) * 2 / 15).to(torch.float16)  # (out, groups)
+        step = scale.to(torch.float32).clamp_min(torch.finfo(torch.float16).tiny).unsqueeze(2)
+        codes = (torch.round(groups / step) + 8).clamp(0, 15).reshape(rows, columns).to(torch.int32)
+        zeros = torch.full((scale.shape[1], rows), 8 - 1, dtype=torch.int32)
+        index = torch.arange(columns, dtype=torch.int32) // self.options.group_size
+        return {
+            "qweight": shared.pack_rows(codes.t().contiguous()),
+            "qzeros": shared.pack_columns(zeros, range(8)),
+            "scales": scale.t().contiguous(),
+            "g_idx": index,
+        }
+
+    def linear(self, layer: Layer) -> torch.nn.Module:
+        """gptqmodel's layer, its zero points brought into the form that its kernels compute with."""
+        import torch
+        from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+        kernel = shared.kernel_class("gptq", "gptq", self.options, self.device, AUTOMATIC_KERNELS)
+        built = shared.fill(kernel, layer, self.options, symmetric=True, names=self.packed_names)
+        if self.zero_points_are_stored_less_one:
+            convert_gptq_v1_to_v2_format_module(built, bits=4, pack_dtype=torch.int32)
+        built.qzero_format(format=2)
+        built.post_init()
+        return built  # type: ignore[no-any-return]
+
+    def expected_bits(self, shape: Shape) -> float:
+        """4 + (16 + 4)/group for float16 scales and packed zeros, a 32-bit group index for each input, and
+        gptqmodel's table of 8 shifts."""
+        return 4 + 20 / self.options.group_size + 32 / shape.out_features + 8 * 32 / shape.weights
+
+    def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
+        """Real GPTQ (second-order rounding, 2210.17323) by gptqmodel."""
+        shared.run_calibration(
+            model_folder,
+            output,
+            texts,
+            {
+                "bits": 4,
+                "group_size": self.options.group_size,
+                "desc_act": False,
+                "sym": True,
+                "quant_method": "gptq",
+                "format": "gptq",
+            },
+        )
+        return "gptq"

@@ -1,0 +1,71 @@
+"""HQQ: half-quadratic quantization, 4 bits in groups of 64, built layer by layer with hqq itself.
+
+transformers' ``HqqConfig`` does not load in the 5.x releases (its quantizer has no quantize operation),
+so each layer is an ``HQQLinear`` made from its dense weight while the model is loaded. The default
+backend of HQQLinear is named explicitly: it is process-wide state that other code can change, and ATEN
+falls back to it silently where its extension is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from bench.load.contract import Backend, Layer, Options, Shape, largest_dividing_group
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HqqOptions(Options):
+    """Options of hqq's BaseQuantizeConfig."""
+
+    bits: Literal[2, 4, 8] = 4
+    group_size: int = 64
+    axis: Literal[0, 1] = 1
+    optimize: bool = True
+    """Run the half-quadratic solver for the zero points; False: round to nearest."""
+
+
+class Hqq(Backend):
+    """HQQ 4-bit in groups of 64, zero points found by its half-quadratic solver, no calibration data."""
+
+    variants = {"hqq": HqqOptions()}
+    requires = ("hqq",)
+    extra = "hqq"
+    codes = ("W_q",)
+    options: HqqOptions
+
+    def fit(self, shapes: Sequence[Shape]) -> None:
+        """Replace a group size that does not divide the input features."""
+        wanted = self.options.group_size
+        group = largest_dividing_group(shapes, wanted, [8, 16, 32, 64, 128, 256, 512, 1024])
+        if group is None:
+            raise ValueError(f"no HQQ group size up to {wanted} divides every layer's input features")
+        if group != wanted:
+            self.notes.append(f"group size {group} instead of {wanted}, which does not divide every layer")
+            self.options = self.options.model_copy(update={"group_size": group})
+
+    def linear(self, layer: Layer) -> torch.nn.Module:
+        """A frozen HQQLinear that dequantizes again in backward (hqq's memory-saving autograd function)."""
+        import torch
+        from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+        HQQLinear.set_backend(HQQBackend.PYTORCH)
+        config: dict[str, Any] = BaseQuantizeConfig(
+            nbits=self.options.bits, group_size=self.options.group_size, axis=self.options.axis
+        )
+        config["weight_quant_params"]["optimize"] = self.options.optimize
+        dense = torch.nn.Linear(layer.shape.in_features, layer.shape.out_features, bias=False, device="meta")
+        dense.weight = torch.nn.Parameter(layer.tensors["weight"].to(layer.device), requires_grad=False)
+        built = HQQLinear(dense, config, compute_dtype=layer.dtype, device=str(layer.device))
+        built.bias = layer.bias
+        return built  # type: ignore[no-any-return]
+
+    def expected_bits(self, shape: Shape) -> float:
+        """Codes, and for each group a scale and a zero in the compute dtype: 4 + 2*16/64 = 4.5."""
+        return self.options.bits + 2 * (32 if self.dtype == "float32" else 16) / self.options.group_size
+
+    def kernel(self, layer: torch.nn.Module) -> str:
+        """HQQLinear and its process-wide backend."""
+        return f"HQQLinear[{type(layer).backend.name}]"  # type: ignore[attr-defined]

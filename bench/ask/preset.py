@@ -1,0 +1,80 @@
+"""Presets: the TOML files of ``bench/ask/presets``, or one of the user's own.
+
+A preset names a model, knows its shape (so that memory and speed can be measured without its weights)
+and sets the workload where the defaults do not fit. Flags and ``--set`` override it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from bench.ask.experiment import Frozen, describe
+from bench.errors import BadValue, BrokenFile, unknown
+
+AUTOMATIC = "auto"
+FALLBACK = "proxy"
+
+
+class Preset(Frozen):
+    """One preset file. Whatever an Experiment has besides these keys can be set in it too."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    description: str
+    model: str | None = None
+    architecture: Mapping[str, Any] | None = None
+    needs_cuda_gib: float | None = Field(default=None, gt=0)
+    """Memory of the smallest card that holds it in 4 bit; None: runs on a CPU."""
+
+    @property
+    def experiment_values(self) -> dict[str, Any]:
+        """Keys of an Experiment that the preset sets."""
+        return dict(self.model_extra or {})
+
+
+def preset_names() -> list[str]:
+    """Every preset that comes with the project."""
+    folder = resources.files("bench.ask.presets")
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by name, or by the path of a TOML file. Raises BadValue or BrokenFile."""
+    if name.endswith(".toml") and Path(name).is_file():
+        return _parse(name, Path(name).read_text(encoding="utf-8"))
+    if name not in preset_names():
+        raise unknown("preset", name, [*preset_names(), AUTOMATIC])
+    return _parse(name, resources.files("bench.ask.presets").joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+def choose_preset(cuda_memory_bytes: int | None) -> tuple[str, str]:
+    """The largest preset that the largest card holds, and why."""
+    if cuda_memory_bytes is None:
+        return FALLBACK, "no CUDA device was found"
+    gib = cuda_memory_bytes / 2**30
+    fitting = [
+        (preset.needs_cuda_gib, name)
+        for name in preset_names()
+        if (preset := load_preset(name)).needs_cuda_gib is not None and preset.needs_cuda_gib <= gib
+    ]
+    if not fitting:
+        return FALLBACK, f"the largest card has {gib:.0f} GiB, less than any larger preset needs"
+    need, name = max(fitting)
+    return name, f"it needs {need:g} GiB and the largest card has {gib:.0f} GiB"
+
+
+def _parse(name: str, text: str) -> Preset:
+    try:
+        return Preset.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise BrokenFile(f"preset '{name}' is not TOML: {error}") from None
+    except ValidationError as error:
+        raise BadValue(f"preset '{name}': " + "; ".join(describe(error, Preset))) from None

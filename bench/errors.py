@@ -1,0 +1,60 @@
+"""Errors that a person caused or can mend: one line each, with a hint.
+
+    UserError                 exit code 2, printed by bench.cli and nowhere else
+    ├── BadValue              a name or value that is not valid; names the nearest valid one
+    ├── MissingLibrary        an importable package that a backend needs is not there
+    ├── MissingModel          a model that is neither on disk nor to be fetched
+    └── BrokenFile            a file that cannot be read as what it should be
+
+Every other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A problem to be shown as one line; ``hint`` says what to do."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        """The single line a person reads."""
+        line = self.message if self.hint is None else f"{self.message}; {self.hint}"
+        return " ".join(line.split())
+
+
+class BadValue(UserError):
+    """A value that is not among the valid ones."""
+
+
+class MissingLibrary(UserError):
+    """A backend's package is not importable here."""
+
+
+class MissingModel(UserError):
+    """A model is neither on this disk nor to be fetched now."""
+
+
+class BrokenFile(UserError):
+    """A file is not what its name or place promises."""
+
+
+def unknown(kind: str, value: str, valid: Iterable[str]) -> BadValue:
+    """Error for a name that does not exist, naming the nearest valid one or all of them."""
+    choices = sorted(valid)
+    near = nearest(value, choices)
+    hint = f"did you mean '{near}'?" if near else f"valid: {', '.join(choices)}"
+    return BadValue(f"unknown {kind} '{value}'", hint)
+
+
+def nearest(value: str, valid: Iterable[str]) -> str | None:
+    """The valid name closest to ``value``, or None when nothing is close."""
+    by_folded = {name.casefold(): name for name in valid}
+    close = difflib.get_close_matches(value.casefold(), by_folded, n=1, cutoff=0.5)
+    return by_folded[close[0]] if close else None

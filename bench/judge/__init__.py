@@ -1,0 +1,1 @@
+"""What the records mean: the comparison and the verdicts."""

@@ -1,0 +1,1 @@
+"""What is loaded: weights, layers, adapters, and the contract a backend keeps."""

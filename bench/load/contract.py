@@ -1,0 +1,141 @@
+"""The contract that a backend keeps. Adapters in ``backends/`` import this module and nothing else of ours.
+
+A backend says how **one linear layer** is quantized. The harness does everything else, the same for all:
+it reads or draws the weights one tensor at a time, places what is not quantized, attaches LoRA, trains,
+times and measures. So two backends cannot differ in their embeddings' dtype, their initial adapters or
+their data, and no adapter ever holds a whole 16-bit model.
+
+Two kinds exist: `Backend` quantizes dense weights while they are loaded; `PackedBackend` reads layers
+that a pre-quantized checkpoint holds already packed, and can pack one where a model has none.
+
+This module never imports torch: the command line lists backends without it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bench.ask.experiment import Dtype, Frozen
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Options(Frozen):
+    """Base of a backend's options: typed, immutable, unknown keys refused."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of one linear layer's weight, ``(out_features, in_features)`` as torch stores it."""
+
+    out_features: int
+    in_features: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, biases excluded."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer to be built. Tensors are on the CPU; the result belongs on ``device``."""
+
+    name: str
+    shape: Shape
+    tensors: Mapping[str, torch.Tensor]
+    """``weight`` (out x in, the checkpoint's dtype), or the packed tensors by their checkpoint names."""
+    bias: torch.Tensor | None
+    """``(out_features,)`` in ``dtype``, on ``device``."""
+    dtype: torch.dtype
+    """Compute dtype: what the layer receives and returns."""
+    device: torch.device
+
+
+class Backend(ABC):
+    """One way to keep frozen weights small while LoRA adapters on top of them are trained.
+
+    Subclasses set the class attributes, and write `linear` and `expected_bits`. The first line of their
+    docstring is what ``qlora-bench backends`` shows.
+    """
+
+    variants: ClassVar[Mapping[str, Options]]
+    """Ids that people type -> the options each stands for."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """Importable packages it needs, also the names of their distributions. A run can import these
+    quantization libraries and no others."""
+    extra: ClassVar[str | None] = None
+    """The extra of pyproject.toml that brings them."""
+    codes: ClassVar[tuple[str, ...]] = ("weight",)
+    """Attributes of the built layer that hold the quantized codes; all other tensors are metadata."""
+
+    def __init__(self, options: Options, device: str, requested_dtype: Dtype) -> None:
+        self.options = options
+        self.device = device
+        self.notes: list[str] = []
+        """Departures from what was asked, one sentence each; they stand beside the numbers."""
+        self.dtype: Dtype = self.effective_dtype(requested_dtype)
+        """The compute dtype of everything in the model that is not quantized."""
+
+    def effective_dtype(self, requested: Dtype) -> Dtype:
+        """The compute dtype in which this backend really trains on ``self.device``; a note where it is
+        not the requested one."""
+        return requested
+
+    def fit(self, shapes: Sequence[Shape]) -> None:  # noqa: B027 - a hook, empty on purpose
+        """Adjust ``self.options`` to the model's shapes before anything is loaded, with a note for each
+        change. Raises ValueError where no option fits."""
+
+    @abstractmethod
+    def linear(self, layer: Layer) -> torch.nn.Module:
+        """Build the frozen, quantized layer on ``layer.device``."""
+
+    @abstractmethod
+    def expected_bits(self, shape: Shape) -> float:
+        """Storage bits per weight by arithmetic: codes, scales, zeros and tables; biases excluded."""
+
+    def kernel(self, layer: torch.nn.Module) -> str:
+        """Name of what computes in training."""
+        return type(layer).__name__
+
+
+class PackedBackend(Backend):
+    """A backend whose layers come packed out of a checkpoint (AutoGPTQ and AutoAWQ formats)."""
+
+    method: ClassVar[str]
+    """``quant_method`` in the checkpoint's config.json."""
+    packed_names: ClassVar[tuple[str, ...]]
+    """Tensor names of one packed layer in the checkpoint."""
+
+    @abstractmethod
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take bits, group size and format from a checkpoint's ``quantization_config``.
+
+        Raises ValueError for one that this backend cannot train."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The ``quantization_config`` of a checkpoint packed with ``self.options``."""
+
+    @abstractmethod
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantize one dense weight (out x in) by rounding to nearest, in the checkpoint's layout."""
+
+    @abstractmethod
+    def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
+        """Quantize a dense checkpoint with calibration on ``texts``; returns the method's name."""
+
+
+def largest_dividing_group(shapes: Iterable[Shape], wanted: int, allowed: Sequence[int]) -> int | None:
+    """The largest allowed group size, at most ``wanted``, that divides every layer's input features.
+
+    SmolLM2's hidden size 576 is 9 x 64, for example: 128 does not divide it, 64 does.
+    """
+    inputs = {shape.in_features for shape in shapes}
+    fitting = [size for size in allowed if size <= wanted and all(n % size == 0 for n in inputs)]
+    return max(fitting, default=None)

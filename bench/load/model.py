@@ -1,0 +1,141 @@
+"""Building the model: a skeleton without memory, filled tensor by tensor, quantized layer by layer.
+
+One function for every backend and every kind of weights (`build_model`), so that whatever is not a
+quantized layer is the same in all of them by construction: same values, same dtype, same code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.load.contract import Backend, Layer, PackedBackend, Shape
+from bench.load.weights import Weights
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HASH_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A frozen causal language model, and the names of its quantized linear layers."""
+
+    model: nn.Module
+    layers: tuple[str, ...]
+
+    def quantized(self) -> Iterator[tuple[str, nn.Module]]:
+        """The quantized layers by name, in the model's order."""
+        for name in self.layers:
+            yield name, self.model.get_submodule(name)
+
+
+def skeleton(architecture: Mapping[str, Any], attention: str) -> nn.Module:
+    """The model of a config.json without any weight memory: parameters on the meta device, buffers real.
+
+    Raises ValueError for a model type that transformers does not know.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in architecture.items() if key != "quantization_config"}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, trust_remote_code=False
+        )
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def linear_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Every linear layer that the libraries quantize: all but the output head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        name: Shape(module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def build_model(
+    model: nn.Module,
+    weights: Weights,
+    backend: Backend,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BuiltModel:
+    """Fill ``model`` in place: linear layers through ``backend``, the rest in the compute dtype.
+
+    ``progress`` is called with the number of modules done and in all.
+    """
+    dtype = DTYPES[backend.dtype]
+    shapes = linear_shapes(model)
+    _place_the_rest(model, weights, shapes, dtype, device)
+    for done, (name, shape) in enumerate(shapes.items()):
+        progress(done, len(shapes))
+        bias_name = f"{name}.bias"
+        has_bias = model.get_submodule(name).bias is not None
+        layer = Layer(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            device=device,
+            tensors={suffix: weights.tensor(f"{name}.{suffix}") for suffix in _tensor_names(backend)},
+            bias=weights.tensor(bias_name).to(device=device, dtype=dtype) if has_bias else None,
+        )
+        model.set_submodule(name, backend.linear(layer), strict=True)
+    progress(len(shapes), len(shapes))
+    model.requires_grad_(False)
+    # Training mode throughout: in eval mode several kernels take paths without a backward.
+    model.train()
+    return BuiltModel(model, tuple(shapes))
+
+
+def unquantized_digest(built: BuiltModel) -> str:
+    """SHA-256 over names and bytes of everything that is not a quantized layer, as placed."""
+    digest = hashlib.sha256()
+    for name, parameter in _outside(built.model, built.layers):
+        digest.update(name.encode())
+        flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), HASH_CHUNK_BYTES):
+            digest.update(flat[start : start + HASH_CHUNK_BYTES].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensor_names(backend: Backend) -> tuple[str, ...]:
+    return backend.packed_names if isinstance(backend, PackedBackend) else ("weight",)
+
+
+def _outside(
+    model: nn.Module, layers: Mapping[str, Shape] | tuple[str, ...]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    prefixes = tuple(f"{name}." for name in layers)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefixes):
+            yield name, parameter
+
+
+def _place_the_rest(
+    model: nn.Module, weights: Weights, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device
+) -> None:
+    for name, parameter in list(_outside(model, shapes)):
+        owner, _, attribute = name.rpartition(".")
+        value = weights.tensor(name)
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"tensor '{name}' has shape {tuple(value.shape)}, "
+                f"the configuration says {tuple(parameter.shape)}"
+            )
+        placed = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), attribute, placed)
+    # A tied head still holds its meta tensor; tying again points it at the placed embedding.
+    model.tie_weights()  # type: ignore[operator]
+    for module in model.modules():
+        for buffer_name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, buffer_name, buffer.to(device))

@@ -1,0 +1,86 @@
+"""Where a model's tensors come from: a checkpoint on disk, or a generator in the model's exact shape.
+
+Both give one tensor at a time by its checkpoint name, so the host never holds more than the model placed
+so far and one tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+
+from bench.ask.models import weight_files
+from bench.errors import BrokenFile
+
+SYNTHETIC_SEED = 0
+"""Fixed: like real weights, synthetic ones are the same in every run and repeat."""
+
+
+class Weights(Protocol):
+    """A source of tensors by name."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of this name exists."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in the checkpoint's dtype, owned by the caller."""
+
+
+class CheckpointWeights:
+    """Tensors of a folder of safetensors files, sharded or not."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = weight_files(folder)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor. The file is opened for this read only: a mapping kept open would let its pages
+        count as this process's memory."""
+        if name not in self._files:
+            raise BrokenFile(f"'{self.folder}' holds no tensor '{name}'")
+        with safe_open(self._files[name], framework="pt", device="cpu") as file:
+            return file.get_tensor(name).clone()  # type: ignore[no-any-return]
+
+
+class SyntheticWeights:
+    """Random tensors in a model's exact shape: the same values wherever and in whatever order they are drawn.
+
+    Linear, embedding and bias values are normal with ``initializer_range``, in bfloat16 as checkpoints
+    are; norm weights are one. Never zeros: values change a GPU's power draw and so its speed.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], deviation: float) -> None:
+        self._shapes = shapes
+        self._deviation = deviation
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Draw one tensor from a generator seeded by its name."""
+        shape = self._shapes[name]
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(seed_of(name, SYNTHETIC_SEED))
+        drawn = torch.empty(shape, dtype=torch.bfloat16)
+        # In pieces, so that the float32 draw of a 2.5 GB embedding does not double the host's peak.
+        flat = drawn.view(-1)
+        piece = 2**24
+        for start in range(0, math.prod(shape), piece):
+            part = flat[start : start + piece]
+            part.copy_(torch.randn(part.shape, generator=generator) * self._deviation)
+        return drawn
+
+
+def seed_of(name: str, seed: int) -> int:
+    """A 63-bit seed that depends on a parameter's name and nothing else drawn before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,1 @@
+"""What is observed: time, memory, gradients and the machine."""

@@ -1,0 +1,46 @@
+"""The environment of one run, as seen from inside its worker process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+
+from bench.probe.machine import commit_and_dirty, cuda_devices, processor_name, usable_cores
+from bench.record.schema import Device, Environment
+
+ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+
+
+def describe_environment(
+    devices: Sequence[torch.device],
+    versions: Mapping[str, str | None],
+    quantization_libraries: Sequence[str],
+    changed_variables: Mapping[str, str],
+) -> Environment:
+    """Everything about the machine and the process that a figure may depend on."""
+    commit, dirty = commit_and_dirty()
+    total = int(psutil.virtual_memory().total)
+    wanted = {str(device) for device in devices}
+    cards = [card for card in cuda_devices() if card.device in wanted] if torch.cuda.is_available() else []
+    processor = Device(device="cpu", name=processor_name(), total_memory_bytes=total)
+    return Environment(
+        platform=platform.platform(),
+        python=platform.python_version(),
+        cpu=processor_name(),
+        cpu_cores=usable_cores(),
+        cpu_threads=torch.get_num_threads(),
+        total_memory_bytes=total,
+        cuda=torch.version.cuda if cards else None,
+        devices=tuple(cards) or (processor,),
+        versions=dict(versions),
+        quantization_libraries_imported=tuple(n for n in sorted(quantization_libraries) if n in sys.modules),
+        allocator_settings=os.environ.get(ALLOCATOR_VARIABLE),
+        changed_variables=dict(changed_variables),
+        commit=commit,
+        dirty=dirty,
+    )

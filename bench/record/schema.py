@@ -1,0 +1,235 @@
+"""The record: one run, everything asked for and everything observed, as one JSON file.
+
+Written by ``bench.record.store``, read by ``bench.judge``. Field names carry their units. Raw values of
+each step are kept and statistics are derived, never stored. A value that was not observed is null;
+a number that is not finite is the string "NaN", "Infinity" or "-Infinity".
+
+Schema history
+    1   first version
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.ask.plan import RunRequest
+
+SCHEMA_VERSION: Final = 1
+
+Status = Literal["completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted"]
+Stage = Literal["launch", "prepare", "load", "attach", "train", "save"]
+Phase = Literal["loaded", "attached", "forward", "backward", "optimizer_step"]
+
+Bytes = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Recorded(BaseModel):
+    """Base of all recorded values: immutable, complete, non-finite numbers as strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Device(Recorded):
+    """One device of the run. On a CPU run: the processor and the machine's memory."""
+
+    device: str
+    name: str
+    total_memory_bytes: Bytes | None
+    compute_capability: str | None = None
+    driver: str | None = None
+    power_limit_watts: float | None = None
+
+
+class Environment(Recorded):
+    """Where the run happened."""
+
+    platform: str
+    python: str
+    cpu: str
+    cpu_cores: int
+    cpu_threads: int
+    """Threads torch used."""
+    total_memory_bytes: Bytes
+    cuda: str | None
+    devices: tuple[Device, ...]
+    versions: Mapping[str, str | None]
+    """Every library in play; null: not installed."""
+    quantization_libraries_imported: tuple[str, ...]
+    """Quantization libraries in the worker's memory when the training began."""
+    allocator_settings: str | None
+    """PYTORCH_ALLOC_CONF as torch saw it."""
+    changed_variables: Mapping[str, str]
+    """Environment variables that a library changed while it was imported, with the value it wanted.
+    The harness puts the allocator's settings back."""
+    commit: str | None
+    """Commit of the harness, null outside a checkout."""
+    dirty: bool | None
+
+
+class Quantization(Recorded):
+    """What the backend really did, seen on the loaded model."""
+
+    kernel: str
+    """Class or kernel that computes in training."""
+    layers: int
+    """Quantized linear layers."""
+    weights: int
+    """Weights in them."""
+    requested_dtype: str
+    effective_dtype: str
+    storage_bits_per_weight: float
+    """Counted from the tensors that the layers hold; biases excluded."""
+    expected_bits_per_weight: float
+    """By the adapter's arithmetic."""
+    options: Mapping[str, Any]
+    """Effective options (a group size that does not divide has been replaced)."""
+    calibration: str | None = None
+    """How a pre-quantized checkpoint was made: "rtn", a calibration method, or "published"."""
+    notes: tuple[str, ...] = ()
+    """Departures from what was asked, one sentence each."""
+
+
+class Load(Recorded):
+    """The way from nothing to a model ready to train."""
+
+    import_seconds: Seconds
+    prepare_seconds: Seconds | None = None
+    """Making a pre-quantized checkpoint, where one was made for this run; not part of the load."""
+    load_seconds: Seconds
+    """Reading or drawing, quantizing and placing all weights."""
+    attach_seconds: Seconds | None = None
+    host_peak_bytes: Bytes | None
+    """Peak resident memory of the process up to the end of the load."""
+    weights_digest: str
+    """SHA-256 over the unquantized parameters as placed: equal for every backend."""
+
+
+class LoraFacts(Recorded):
+    """The adapters as attached."""
+
+    parameters: int
+    tensors: int
+    dtype: str
+    initial_digest: str
+    """SHA-256 over names and float32 values of all initial LoRA tensors."""
+    shapes_digest: str
+
+
+class WorkloadFacts(Recorded):
+    """The work as consumed."""
+
+    source: str
+    tokenizer: str
+    examples: int
+    digest: str | None
+    """SHA-256 over the ids, labels and masks in the order in which the loop consumed them."""
+    tokens: int
+    """Non-padding tokens consumed."""
+    loss_tokens: int
+    attention: str
+    autocast_dtype: str | None
+
+
+class MemoryReading(Recorded):
+    """Memory of one device at the end of one phase. CUDA has allocator figures, CPU has resident ones."""
+
+    phase: Phase
+    device: str
+    allocated_bytes: Bytes | None = None
+    peak_allocated_bytes: Bytes | None = None
+    reserved_bytes: Bytes | None = None
+    peak_reserved_bytes: Bytes | None = None
+    nvml_used_bytes: Bytes | None = None
+    resident_bytes: Bytes | None = None
+    peak_resident_bytes: Bytes | None = None
+    """Peak within the phase where the system can reset it, else up to here."""
+
+
+class BytesByKind(Recorded):
+    """Exact tensor bytes of one device, counted on the tensors themselves."""
+
+    device: str
+    quantized_weights: Bytes
+    quantization_metadata: Bytes
+    unquantized_weights: Bytes
+    lora: Bytes
+    gradients: Bytes | None = None
+    optimizer_state: Bytes | None = None
+
+
+class Memory(Recorded):
+    """Where the memory went."""
+
+    readings: tuple[MemoryReading, ...] = ()
+    bytes_by_kind: tuple[BytesByKind, ...] = ()
+    phase_step: int | None = None
+    """The step whose forward, backward and optimizer phases were read (a warm-up step)."""
+    process_peak_resident_bytes: Bytes | None = None
+    """Highest resident memory of the worker over its whole life."""
+
+
+class Step(Recorded):
+    """One optimizer step."""
+
+    index: int
+    warmup: bool
+    losses: tuple[float, ...]
+    """Mean loss per loss token of each micro-batch, raw."""
+    gradient_norm: float
+    """Global L2 norm over all LoRA gradients, unscaled, before clipping, accumulated in float32."""
+    learning_rate: float
+    seconds: Seconds
+    tokens: int
+    """Non-padding tokens."""
+    loss_tokens: int
+    applied: bool
+    """False where the float16 scaler skipped the update."""
+    loss_scale: float | None = None
+    peak_reserved_bytes: Bytes | None = None
+    """CUDA: highest over the devices, since the step began."""
+    resident_bytes: Bytes | None = None
+
+
+class Proof(Recorded):
+    """What the harness proved on the loaded model before it trained."""
+
+    quantized: bool | None = None
+    """Storage bits per weight of every layer within 1 % of the arithmetic."""
+    base_frozen: bool | None = None
+    gradients_reach_adapters: bool | None = None
+    """After one backward every LoRA B gradient is finite and non-zero (A is zero while B is)."""
+    breaches: tuple[str, ...] = ()
+
+
+class Record(Recorded):
+    """One run."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    key: str
+    command: str
+    request: RunRequest
+    status: Status
+    stage: Stage | None
+    """Where a run that is not completed ended."""
+    message: str | None
+    """Why, in one line."""
+    stderr_tail: str | None = None
+    exit_code: int | None = None
+    """Negative: the number of the signal that ended the worker."""
+    started_at: str
+    """UTC, ISO 8601."""
+    wall_seconds: Seconds
+    environment: Environment | None = None
+    quantization: Quantization | None = None
+    load: Load | None = None
+    lora: LoraFacts | None = None
+    workload: WorkloadFacts | None = None
+    memory: Memory = Memory()
+    proof: Proof = Proof()
+    steps: tuple[Step, ...] = ()
+    trainable_weights_finite: bool | None = None
+    """After the last step."""

@@ -1,0 +1,25 @@
+"""What the parent hands to a worker: the run, and where on this machine its files are.
+
+Paths are kept apart from the `RunRequest`, which goes into the record and must say the same on any machine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.ask.experiment import Frozen
+from bench.ask.plan import RunRequest
+
+
+class Order(Frozen):
+    """One worker's job."""
+
+    request: RunRequest
+    model_folder: Path | None
+    """Folder of the real weights, None for synthetic ones."""
+    packed_folder: Path | None = None
+    """Where a packed checkpoint is, or is to be made; None for backends that quantize on load."""
+    calibration: str | None = None
+    """How to make the packed checkpoint ("rtn" or "calibrated"); None where a published one is read."""
+    note: str | None = None
+    """A departure from what was asked that concerns the packed checkpoint."""

@@ -1,0 +1,106 @@
+"""A sweep: the runs of one experiment, one after another, each record saved as soon as its run ends.
+
+Runs that have a record already are skipped; Ctrl-C saves the interrupted run's record and stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+from bench.ask.models import ResolvedModel
+from bench.ask.packing import Calibration, packed_checkpoint
+from bench.ask.plan import RunRequest
+from bench.load.contract import PackedBackend
+from bench.load.registry import Entry
+from bench.record.schema import Record
+from bench.record.store import Store
+from bench.run.launch import Listener, run_one
+from bench.run.order import Order
+
+
+class Watcher(Protocol):
+    """What is told of a sweep while it goes (``bench.show.progress`` implements it)."""
+
+    def skipped(self, request: RunRequest) -> None:
+        """A run that has a record already."""
+
+    def listener(self, place: int, total: int, request: RunRequest) -> Listener:
+        """A run begins; the listener gets its events."""
+
+    def ended(self, record: Record) -> None:
+        """A run's record has been saved."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep needs."""
+
+    requests: Sequence[RunRequest]
+    model: ResolvedModel
+    entries: dict[str, Entry]
+    store: Store
+    calibration: Calibration = "auto"
+    force: bool = False
+
+    def waiting(self) -> list[RunRequest]:
+        """Runs that have no standing record yet, in order."""
+        return [r for r in self.requests if self.force or not self.store.finished(r.key)]
+
+    def order(self, request: RunRequest) -> Order:
+        """The job handed to a worker."""
+        folder = self.model.folder.resolve() if self.model.folder else None
+        if not issubclass(self.entries[request.backend].backend, PackedBackend):
+            return Order(request=request, model_folder=folder)
+        packed = packed_checkpoint(request, self.model, self.calibration)
+        return Order(
+            request=request,
+            model_folder=folder,
+            packed_folder=packed.folder.resolve(),
+            calibration=packed.calibration,
+            note=packed.note,
+        )
+
+
+def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
+    """Run what is waiting and yield every record of the sweep's requests, old ones included.
+
+    Raises KeyboardInterrupt after the interrupted run's record has been saved.
+    """
+    waiting = {request.key: place for place, request in enumerate(sweep.waiting())}
+    for request in sweep.requests:
+        if request.key not in waiting:
+            watcher.skipped(request)
+            continue
+        entry = sweep.entries[request.backend]
+        if entry.missing:
+            record = unavailable(request, entry)
+        else:
+            try:
+                record = run_one(
+                    sweep.order(request), watcher.listener(waiting[request.key], len(waiting), request)
+                )
+            except KeyboardInterrupt as interruption:
+                for interrupted in interruption.args:
+                    sweep.store.save(interrupted)
+                    watcher.ended(interrupted)
+                raise
+        sweep.store.save(record)
+        watcher.ended(record)
+        yield record
+
+
+def unavailable(request: RunRequest, entry: Entry) -> Record:
+    """The record of a run whose library is not installed, with the line that installs it."""
+    return Record(
+        key=request.key,
+        command=request.command,
+        request=request,
+        status="unavailable",
+        stage="launch",
+        message=f"backend '{entry.id}' needs {', '.join(entry.missing)}; install with: {entry.install_line}",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        wall_seconds=0.0,
+    )

@@ -1,0 +1,192 @@
+"""The one training loop: plain PyTorch, the same for every backend, read top to bottom.
+
+Mixed precision as people train QLoRA: frozen weights in the compute dtype, adapters in float32, autocast
+in the compute dtype, AdamW, clipping by global norm, a gradient scaler in float16. Losses are recorded
+raw for each micro-batch and the gradient norm before clipping; nothing filters or averages them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
+
+from bench.ask.plan import RunRequest
+from bench.load.lora import Adapters
+from bench.load.model import DTYPES
+from bench.probe.clock import now
+from bench.probe.gradients import gradient_norm
+from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
+from bench.record.schema import MemoryReading, Phase, Step
+from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader
+
+
+@dataclass
+class Trainer:
+    """State of one training: what a step needs and nothing else."""
+
+    adapters: Adapters
+    request: RunRequest
+    reader: WorkloadReader
+    devices: Sequence[torch.device]
+    dtype: torch.dtype
+    """Effective compute dtype."""
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors."""
+        return list(self.adapters.tensors.values())
+
+
+def make_trainer(
+    adapters: Adapters,
+    request: RunRequest,
+    reader: WorkloadReader,
+    devices: Sequence[torch.device],
+    dtype_name: str,
+) -> Trainer:
+    """Optimizer and scaler for the adapters; the scaler exists in float16 only."""
+    settings = request.optimizer
+    optimizer = torch.optim.AdamW(
+        list(adapters.tensors.values()),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(devices[0].type) if dtype_name == "float16" else None
+    return Trainer(adapters, request, reader, devices, DTYPES[dtype_name], optimizer, scaler)
+
+
+def avoid_unsound_attention() -> None:
+    """Turn cuDNN attention off for the whole process: its backward gave NaN on H100 in torch 2.11 to 2.13
+    (pytorch#196678). Globally, since checkpointing recomputes the forward outside any context manager."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def enable_checkpointing(model: nn.Module, mode: str) -> None:
+    """Recompute each decoder layer in backward. The mode is the same for all backends: under the
+    reentrant one the first forward runs without gradients, which some kernels take as inference."""
+    if mode == "none":
+        return
+    model.gradient_checkpointing_enable(  # type: ignore[operator]
+        gradient_checkpointing_kwargs={"use_reentrant": mode == "reentrant"}
+    )
+    if mode == "reentrant":
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def train(
+    trainer: Trainer,
+    memory: MemoryProbe,
+    on_step: Callable[[Step, list[MemoryReading]], None],
+    on_first_backward: Callable[[], None] = lambda: None,
+) -> None:
+    """Run every step of the request, reporting each as soon as it is done.
+
+    Memory by phase is read in the last warm-up step (the first step where there is no warm-up): there the
+    optimizer's state exists, and reading costs no measured step anything.
+    """
+    workload = trainer.request.workload
+    phase_step = max(workload.warmup_steps - 1, 0)
+    for index in range(workload.steps):
+        readings: list[MemoryReading] = []
+        probe = memory if index == phase_step else None
+        step = _step(trainer, index, probe, readings, on_first_backward if index == 0 else None)
+        on_step(step, readings)
+
+
+def _step(
+    trainer: Trainer,
+    index: int,
+    memory: MemoryProbe | None,
+    readings: list[MemoryReading],
+    on_first_backward: Callable[[], None] | None,
+) -> Step:
+    workload = trainer.request.workload
+    batches = [trainer.reader.next_batch() for _ in range(workload.gradient_accumulation_steps)]
+    began = now(trainer.devices)
+    losses = []
+    for place, batch in enumerate(batches):
+        last = place == len(batches) - 1
+        with _phase(memory if last else None, "forward", readings):
+            loss = _loss(trainer, batch)
+        losses.append(loss.detach())
+        with _phase(memory if last else None, "backward", readings):
+            scaled = loss / len(batches)
+            target = trainer.scaler.scale(scaled) if trainer.scaler else scaled
+            target.backward()  # type: ignore[no-untyped-call]
+        del loss, scaled, target
+    if on_first_backward:
+        paused = now(trainer.devices)
+        on_first_backward()
+        began += now(trainer.devices) - paused
+    with _phase(memory, "optimizer_step", readings):
+        norm, applied, scale = _update(trainer)
+    seconds = now(trainer.devices) - began
+    return Step(
+        index=index,
+        warmup=index < workload.warmup_steps,
+        losses=tuple(float(loss) for loss in losses),
+        gradient_norm=float(norm),
+        learning_rate=trainer.request.optimizer.learning_rate,
+        seconds=seconds,
+        tokens=sum(batch.tokens for batch in batches),
+        loss_tokens=sum(batch.loss_tokens for batch in batches),
+        applied=applied,
+        loss_scale=scale,
+        peak_reserved_bytes=peak_reserved_bytes(trainer.devices),
+        resident_bytes=resident_bytes() if trainer.devices[0].type == "cpu" else None,
+    )
+
+
+def _loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over the answer tokens, computed in float32 from the model's logits."""
+    device = trainer.devices[0]
+    autocast = torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32)
+    with autocast:
+        # A row without padding needs no mask, which keeps the fused causal kernels available.
+        mask = batch.attention_mask.to(device) if trainer.request.workload.padding == "right" else None
+        logits = trainer.adapters.model(input_ids=batch.input_ids.to(device), attention_mask=mask).logits
+    labels = batch.labels[:, 1:].to(logits.device)
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL
+    )
+
+
+def _update(trainer: Trainer) -> tuple[torch.Tensor, bool, float | None]:
+    """Norm, clip, step. Returns the norm before clipping, whether the step was applied, the loss scale."""
+    scale = None
+    if trainer.scaler:
+        trainer.scaler.unscale_(trainer.optimizer)
+        scale = trainer.scaler.get_scale()
+    norm = gradient_norm(trainer.parameters)
+    limit = trainer.request.optimizer.max_gradient_norm
+    if limit is not None:
+        clip_grads_with_norm_(trainer.parameters, limit, norm)
+    applied = True
+    if trainer.scaler:
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        # The scaler lowers its scale exactly when it found a non-finite gradient and skipped the step.
+        applied = trainer.scaler.get_scale() >= (scale or 0.0)
+    else:
+        trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    return norm, applied, scale
+
+
+@contextmanager
+def _phase(memory: MemoryProbe | None, name: Phase, readings: list[MemoryReading]) -> Iterator[None]:
+    """Where a probe is given: peaks start at the phase's beginning and are read at its end."""
+    if memory:
+        memory.start_phase()
+    yield
+    if memory:
+        readings.extend(memory.read(name))
