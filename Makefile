@@ -13,7 +13,7 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test lint check proxy wheel lock clean
+.PHONY: help bench report smollm2 test lint check overhead proxy wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ lint: $(READY) ## ruff and mypy --strict
 
 check: lint test ## What CI runs before the proxy benchmark
 
+overhead: $(READY) ## Time the harness's loop against a bare one (FLAGS="--preset ... --pairs ...")
+	$(BIN)/python -m bench.run.overhead $(FLAGS)
+
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
 	$(BIN)/qlora-bench run --preset proxy --backend all --force --out results/local/ci
 
@@ -67,7 +70,7 @@ wheel: $(READY) ## Build the wheel
 	$(BIN)/python -m build --wheel --no-isolation
 
 lock: $(READY) ## Write requirements.lock from what is installed now
-	( sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable ) > requirements.lock.new
+	( sed -n '/^#/p' requirements.lock; $(BIN)/python -m pip freeze --all --exclude pip --exclude-editable ) > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
 clean: ## Remove the environment and build products

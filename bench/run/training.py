@@ -96,19 +96,23 @@ def train(
     workload = trainer.request.workload
     phase_step = max(workload.warmup_steps - 1, 0)
     for index in range(workload.steps):
-        readings: list[MemoryReading] = []
-        probe = memory if index == phase_step else None
-        step = _step(trainer, index, probe, readings, on_first_backward if index == 0 else None)
+        step, readings = one_step(
+            trainer,
+            index,
+            memory if index == phase_step else None,
+            on_first_backward if index == 0 else None,
+        )
         on_step(step, readings)
 
 
-def _step(
+def one_step(
     trainer: Trainer,
     index: int,
-    memory: MemoryProbe | None,
-    readings: list[MemoryReading],
-    on_first_backward: Callable[[], None] | None,
-) -> Step:
+    memory: MemoryProbe | None = None,
+    on_first_backward: Callable[[], None] | None = None,
+) -> tuple[Step, list[MemoryReading]]:
+    """One optimizer step, and the memory of its phases where a probe is given."""
+    readings: list[MemoryReading] = []
     workload = trainer.request.workload
     batches = [trainer.reader.next_batch() for _ in range(workload.gradient_accumulation_steps)]
     began = now(trainer.devices)
@@ -130,7 +134,7 @@ def _step(
     with _phase(memory, "optimizer_step", readings):
         norm, applied, scale = _update(trainer)
     seconds = now(trainer.devices) - began
-    return Step(
+    step = Step(
         index=index,
         warmup=index < workload.warmup_steps,
         losses=tuple(float(loss) for loss in losses),
@@ -144,6 +148,7 @@ def _step(
         peak_reserved_bytes=peak_reserved_bytes(trainer.devices),
         resident_bytes=resident_bytes() if trainer.devices[0].type == "cpu" else None,
     )
+    return step, readings
 
 
 def _loss(trainer: Trainer, batch: Batch) -> torch.Tensor:

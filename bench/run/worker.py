@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from bench.probe.memory import MemoryProbe
 
 PROGRESS_INTERVAL_SECONDS = 0.2
+CALIBRATION_TEXTS = 32
+"""Of about 300 tokens each: minutes for a small model on two cores. Published checkpoints use more."""
+CALIBRATION_START = 1_000_000
 
 
 class Breach(Exception):
@@ -325,18 +328,15 @@ class Run:
             self.channel.send("progress", done=done, total=total)
 
 
-def calibration_texts(count: int = 64) -> list[str]:
+def calibration_texts() -> list[str]:
     """The texts that packed checkpoints are calibrated on: generated conversations as plain text, from an
-    index range that the training does not reach in short runs."""
+    index range that the training does not reach."""
     from bench.run.instructions import conversation
 
+    groups = range(CALIBRATION_START, CALIBRATION_START + 3 * CALIBRATION_TEXTS, 3)
     return [
-        "\n".join(
-            message["content"]
-            for number in range(6)
-            for message in conversation(1_000_000 + 6 * index + number)
-        )
-        for index in range(count)
+        "\n".join(message["content"] for index in range(first, first + 3) for message in conversation(index))
+        for first in groups
     ]
 
 

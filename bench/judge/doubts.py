@@ -1,0 +1,123 @@
+"""What must be said beside the figures: what so many runs allow to conclude, and every warning in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bench.judge.conditions import Condition
+from bench.judge.groups import Group
+from bench.judge.rows import Row
+
+FEW_STEPS = 5
+"""Fewer measured steps than this are warned about."""
+UNSTEADY_FACTOR = 1.5
+"""Slowest over fastest measured step: above this, something else may have used the machine."""
+
+ONE_RUN = (
+    "Each backend ran once, and one run gives no interval: small differences cannot be ranked, and a mark "
+    "means the lowest or highest value measured, no more. Use --repeats 3 or more to see the spread."
+)
+SOME_ONE_RUN = (
+    "Some backends ran only once, and one run gives no interval: their small differences cannot be ranked. "
+    "Use --repeats 3 or more for every backend to see the spread."
+)
+REPEATED = (
+    "Figures are medians over the runs of a backend, with the lowest and highest run beside them. "
+    "Where two ranges overlap, the difference cannot be ranked."
+)
+NOTHING_COMPLETED = "No run completed, so there is nothing to compare."
+
+
+def caveat(groups: Sequence[Group]) -> str:
+    """What may and may not be concluded from so many runs."""
+    runs = [len(summary.rows) for group in groups for summary in group.summaries]
+    if not runs:
+        return NOTHING_COMPLETED
+    if max(runs) == 1:
+        return ONE_RUN
+    return f"{REPEATED} {SOME_ONE_RUN}" if min(runs) == 1 else REPEATED
+
+
+def warnings(
+    rows: Sequence[Row], groups: Sequence[Group], conditions: Sequence[Condition]
+) -> tuple[str, ...]:
+    """Every doubt, with what to do about it: of the whole set first, then of single runs."""
+    completed = [row for row in rows if row.completed]
+    found = [
+        *_of_the_comparison(groups, conditions),
+        *_of_the_setting(rows),
+        *_few_steps(completed),
+        *(f"{row.name}: {text}" for row in completed for text in _of_a_run(row)),
+        *(f"{row.name}: {breach}" for row in rows for breach in row.record.proof.breaches),
+        *(f"{row.label}: {note}" for row in rows if row.record.quantization
+          for note in row.record.quantization.notes),
+    ]  # fmt: skip
+    # Repeats of one backend say the same note; once is enough.
+    return tuple(dict.fromkeys(found))
+
+
+def _of_the_comparison(groups: Sequence[Group], conditions: Sequence[Condition]) -> Iterator[str]:
+    differing = [condition for condition in conditions if condition.differs]
+    if len(groups) > 1:
+        breaking = [condition.name for condition in differing if condition.kind == "breaking"]
+        cause = f"they differ in {', '.join(breaking)}" if breaking else "they share no repeat, so no seed"
+        yield (
+            f"The completed runs did not all do the same work ({cause}). They are split into {len(groups)} "
+            "groups: compare figures within a group only, or run all backends again with one command."
+        )
+    for condition in differing:
+        if condition.kind == "declared":
+            values = "; ".join(f"{value.text}: {', '.join(value.names)}" for value in condition.values)
+            yield (
+                f"The {condition.name} is not the same for all runs ({values}): read their figures with "
+                "that in mind."
+            )
+
+
+def _of_the_setting(rows: Sequence[Row]) -> Iterator[str]:
+    if any(row.record.request.device == "cpu" for row in rows):
+        yield (
+            "These are figures of a CPU and not of a GPU: kernels, times and memory are different there. "
+            "Run the same command on the card that is meant to train."
+        )
+    if any(row.record.request.model.weights == "synthetic" for row in rows):
+        yield (
+            "The weights are synthetic: speed and memory are measured on the exact shape, but losses and "
+            "gradients say nothing about the stability of the real model. Use --weights real for that."
+        )
+    if any(row.record.environment and row.record.environment.dirty for row in rows):
+        yield (
+            "The checkout of the harness had uncommitted changes, so its commit does not name the code that "
+            "ran. Commit and run again before these figures are published."
+        )
+
+
+def _few_steps(completed: Sequence[Row]) -> Iterator[str]:
+    few = [row for row in completed if row.measured_steps < FEW_STEPS]
+    if few:
+        labels = ", ".join(dict.fromkeys(row.label for row in few))
+        steps = max(row.record.request.workload.warmup_steps for row in few) + FEW_STEPS
+        yield (
+            f"Fewer than {FEW_STEPS} measured steps ({labels}): medians of so few can shift by chance. "
+            f"Use --steps {steps} or more."
+        )
+
+
+def _of_a_run(row: Row) -> Iterator[str]:
+    low, high = row.step_seconds_min, row.step_seconds_max
+    if low and high and high / low > UNSTEADY_FACTOR:
+        yield (
+            f"the slowest measured step took {high / low:.2g} times as long as the fastest "
+            f"({high:.3g} s against {low:.3g} s). Close other programs, raise --steps, and run again."
+        )
+    if row.skipped_updates:
+        yield (
+            f"the loss scaler skipped the update in {row.skipped_updates} of {len(row.record.steps)} steps. "
+            "Use --dtype bfloat16 where the backend takes it."
+        )
+    later, peak = row.steps_peak_reserved_bytes, row.peak_memory_bytes
+    if later is not None and peak is not None and later > peak:
+        yield (
+            f"a later step reserved {later / 2**30:.2f} GiB, more than the {peak / 2**30:.2f} GiB of the "
+            "step whose phases were read. Leave room for the higher figure."
+        )

@@ -1,0 +1,181 @@
+"""How every figure is drawn, and how matplotlib's SVG becomes an element that lives in any page.
+
+Text and axes have the colour of the text around them, so a figure is legible on light and on dark; each
+backend has one colour and one marker in all figures; equal data gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#010203"
+"""Drawn with by matplotlib, then replaced by currentColor. No backend has this colour."""
+WIDTH_INCHES = 6.4
+FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure. ``svg`` is an ``<svg>`` element without prologue."""
+
+    name: str
+    title: str
+    svg: str
+    alternative: str
+    """What the figure shows, in words."""
+
+    @property
+    def standalone(self) -> str:
+        """The figure as a file: it brings the text colour that a page would give it."""
+        style = "<style>svg{color:#1b1f24}@media(prefers-color-scheme:dark){svg{color:#e6e8ea}}</style>"
+        head, rest = self.svg.split(">", 1)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{style}{rest}\n'
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one backend is drawn everywhere: a colour, and a marker and line for who sees no colour."""
+
+    color: str
+    marker: str
+    line: str | tuple[int, tuple[int, ...]]
+
+
+# Derived from the Okabe-Ito set; each has a contrast of 3 or more on the light and on the dark page.
+STYLES: Mapping[str, Style] = {
+    "bf16": Style("#7d858e", "o", "-"),
+    "bnb-nf4": Style("#1f78b8", "s", "-"),
+    "bnb-nf4-dq": Style("#3898d4", "D", "--"),
+    "bnb-int8": Style("#8a72d8", "^", "-."),
+    "hqq": Style("#d55e00", "v", "-"),
+    "gptq": Style("#0a9470", "P", "--"),
+    "awq": Style("#c5609a", "X", "-."),
+    "eetq": Style("#a8850f", "d", ":"),
+}
+
+
+def assign_styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each label: a known backend has its own, others take what is free, in order."""
+    distinct = list(dict.fromkeys(labels))
+    taken = {label: STYLES[label] for label in distinct if label in STYLES}
+    free = [style for name, style in STYLES.items() if name not in taken] or list(STYLES.values())
+    others = [label for label in distinct if label not in taken]
+    return taken | {label: free[place % len(free)] for place, label in enumerate(others)}
+
+
+# ---- matplotlib ----------------------------------------------------------------------------------
+
+LEGEND: Mapping[str, Any] = {"frameon": False, "handlelength": 2.2, "columnspacing": 1.2, "fontsize": 10}
+SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qlora-bench",
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "hatch.linewidth": 0.7,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 11,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 6,
+}
+
+
+@contextmanager
+def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
+    """A Figure of its own, without pyplot: nothing global stays behind."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(visible=True, axis="both", color=INK, alpha=0.12, lw=0.8)
+        axes.set_axisbelow(True)
+        axes.patch.set_visible(False)
+        figure.patch.set_visible(False)
+        yield figure, axes
+
+
+def name_lines(axes: Axes, names: Sequence[str]) -> None:
+    """One horizontal line of the figure for each name, from the top down."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+
+
+def shading(shade: float, hatch: str) -> dict[str, Any]:
+    """A filled box in the colour of the text, told apart by shade and hatching."""
+    from matplotlib.colors import to_rgba
+
+    return {"facecolor": to_rgba(INK, shade), "edgecolor": INK, "hatch": hatch, "linewidth": 0.6}
+
+
+def legend_below(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
+    """A legend of filled boxes: label -> how its box looks."""
+    from matplotlib.patches import Patch
+
+    handles = [Patch(label=label, **look) for label, look in looks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, **LEGEND)
+
+
+# ---- SVG -----------------------------------------------------------------------------------------
+
+
+def finish(figure: Figure, name: str, title: str, words: str) -> Plot:
+    """The figure as SVG, with what it shows in words."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    return Plot(name, title, _clean(buffer.getvalue(), name, words), words)
+
+
+def _clean(text: str, name: str, words: str) -> str:
+    """What matplotlib wrote, as an element that lives in any page.
+
+    Style attributes become plain ones, which a strict content security policy allows; ids get the
+    figure's name, so that two figures of a page do not share any; the text colour is the page's.
+    """
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S)
+    text = re.sub(r'style="([^"]*)"', lambda match: _attributes(match.group(1)), text)
+    text = text.replace(INK, "currentColor")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    size = re.search(r'viewBox="[^"]*"', text)
+    assert size is not None, "matplotlib always writes a view box"
+    root = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size.group(0)} '
+        f'role="img" aria-label="{html.escape(words)}" stroke-linejoin="round">'
+    )
+    return re.sub(r"^<svg[^>]*>", lambda _: root, text).strip()
+
+
+def _attributes(style: str) -> str:
+    found = []
+    for declaration in style.split(";"):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key == "font":
+            size = re.match(r"[\d.]+px", value)
+            found.append(f'font-size="{size.group(0) if size else "11px"}" font-family="{FONTS}"')
+        elif key == "font-family":
+            found.append(f'font-family="{FONTS}"')
+        elif key:
+            found.append(f'{key}="{value}"')
+    return " ".join(found)

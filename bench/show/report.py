@@ -1,0 +1,38 @@
+"""The report as files: a page, Markdown, CSV, and each figure by itself.
+
+``write_report(comparison, folder)`` writes them all, each whole or not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.judge.comparison import Comparison
+from bench.record.store import write_atomically
+from bench.show.page import page
+from bench.show.plots import plots
+from bench.show.tables import csv, markdown
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where the report was written."""
+
+    html: Path
+    markdown: Path
+    csv: Path
+    plots: tuple[Path, ...]
+
+
+def write_report(comparison: Comparison, folder: Path) -> ReportFiles:
+    """Write report.html, report.md, report.csv and plots/*.svg into ``folder``, created if need be."""
+    drawn = plots(comparison)
+    return ReportFiles(
+        html=write_atomically(folder / "report.html", page(comparison, drawn)),
+        markdown=write_atomically(folder / "report.md", markdown(comparison)),
+        csv=write_atomically(folder / "report.csv", csv(comparison)),
+        plots=tuple(
+            write_atomically(folder / "plots" / f"{plot.name}.svg", plot.standalone) for plot in drawn
+        ),
+    )

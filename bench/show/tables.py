@@ -1,0 +1,184 @@
+"""The comparison as a table: in the terminal, as Markdown, as CSV.
+
+``columns`` says what stands in the first two. The CSV has every field of every run instead, raw: missing
+is empty, and NaN and Infinity are written out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from bench.judge.comparison import Comparison
+from bench.judge.rows import Row, largest
+from bench.judge.stability import spelt
+from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections, words
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+BEST_LEGEND = "lowest measured of alike runs (tokens/s: highest)"
+
+
+# ---- terminal ------------------------------------------------------------------------------------
+
+
+def terminal_table(comparison: Comparison) -> RenderableType:
+    """The table, the failures' reasons, the caveat and the warnings, for a rich console."""
+    from rich.console import Group
+    from rich.text import Text
+
+    lines = [line for part in sections(comparison) for line in part.lines]
+    reasons = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
+    legends = [
+        f"Bold: {BEST_LEGEND}." if any(line.best for line in lines) else "",
+        "*: another dtype than asked for." if any(changed_dtype(line.first) for line in lines) else "",
+        comparison.caveat,
+    ]
+    below = [Text(text) for text in (*reasons, " ".join(text for text in legends if text))]
+    warned = [Text(f"Note: {warning}", style="yellow") for warning in comparison.warnings]
+    return Group(_grid(comparison), Text(""), *below, *warned)
+
+
+def _grid(comparison: Comparison) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), collapse_padding=True)
+    many = len(comparison.groups) > 1
+    if many:
+        table.add_column("group", justify="right")
+    for column in COLUMNS:
+        # Only words may wrap: a number broken in two is misread.
+        fixed = column.numeric or column.title == "Backend"
+        narrowest = {"Outcome": len("completed"), "Stability": len("healthy")}.get(column.title)
+        side: Literal["left", "right"] = "right" if column.numeric else "left"
+        table.add_column(column.short, justify=side, no_wrap=fixed, min_width=narrowest)
+    for place, section in enumerate(sections(comparison), start=1):
+        for line in section.lines:
+            # Text, never str: rich would read square brackets in a value as markup.
+            cells = [
+                Text((column.brief or column.text)(line), style=_style(column, line)) for column in COLUMNS
+            ]
+            lead = [Text(str(place) if line.first.completed else MISSING)] if many else []
+            table.add_row(*lead, *cells)
+    return table
+
+
+def _style(column: Column, line: Line) -> str:
+    if column.field in line.best:
+        return "bold"
+    return "red" if column.title == "Outcome" and not line.first.completed else ""
+
+
+# ---- Markdown ------------------------------------------------------------------------------------
+
+
+def markdown(comparison: Comparison) -> str:
+    """The report as Markdown: one table for each section, then failures, verdicts, warnings."""
+    import pandas
+
+    blocks = []
+    parts = sections(comparison)
+    for section in parts:
+        cells = [[_marked(column, line) for column in COLUMNS] for line in section.lines]
+        frame = pandas.DataFrame(cells, columns=[column.title for column in COLUMNS], dtype=object)
+        align = ["right" if column.numeric else "left" for column in COLUMNS]
+        table = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
+        blocks.append(f"**{section.title}**\n\n{table}" if len(parts) > 1 else table)
+    lines = [line for part in parts for line in part.lines]
+    if any(line.best for line in lines):
+        blocks.append(f"Bold: {BEST_LEGEND}.")
+    blocks.append(escaped(comparison.caveat))
+    verdicts = [(line.summary.label, line.summary.verdict) for line in lines if line.first.completed]
+    for title, items in (
+        (
+            "Why they did not complete",
+            [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures],
+        ),
+        ("Stability", [f"{label}: {words(found.verdict)}: {found.reason}" for label, found in verdicts]),
+        ("To keep in mind", comparison.warnings),
+    ):
+        if items:
+            blocks.append(f"**{title}**\n\n" + "\n".join(f"- {escaped(item)}" for item in items))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _marked(column: Column, line: Line) -> str:
+    text = escaped(column.text(line))
+    return f"**{text}**" if column.field in line.best else text
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, no new table cell or line."""
+    for sign in "\\`*[]|":
+        text = text.replace(sign, f"\\{sign}")
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(text.split())
+
+
+# ---- CSV -----------------------------------------------------------------------------------------
+
+DERIVED = (
+    "measured_steps", "step_seconds_median", "step_seconds_min", "step_seconds_max", "tokens_per_second",
+    "first_loss", "last_loss", "gradient_norm_median", "gradient_norm_max", "non_finite_steps",
+    "skipped_updates", "peak_memory_bytes", "steps_peak_reserved_bytes",
+)  # fmt: skip
+RECORDED: Mapping[str, tuple[str, ...]] = {
+    "load": ("import_seconds", "prepare_seconds", "load_seconds", "attach_seconds", "host_peak_bytes"),
+    "quantization": ("storage_bits_per_weight", "expected_bits_per_weight", "kernel", "effective_dtype"),
+}
+"""Part of the record -> its fields that have a column."""
+
+
+def csv(comparison: Comparison) -> str:
+    """Every field of every run, raw, one run a line."""
+    import pandas
+
+    lines = [{name: _raw(value) for name, value in _fields(row, comparison)} for row in comparison.rows]
+    frame = pandas.DataFrame(lines, columns=list(lines[0]) if lines else [], dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n", na_rep="")
+
+
+def _fields(row: Row, comparison: Comparison) -> Iterator[tuple[str, object]]:
+    """Name (with its unit) and raw value of everything known of a run."""
+    record, request = row.record, row.record.request
+    groups = (n for n, group in enumerate(comparison.groups, start=1) if row in group.rows)
+    yield "label", row.label
+    yield "backend", request.backend
+    yield "repeat", row.repeat
+    yield "seed", request.seed
+    yield "group", next(groups, None)
+    for name in ("status", "stage", "message"):
+        yield name, getattr(record, name)
+    yield "model", request.model.name
+    yield "weights", request.model.weights
+    yield "device", request.device
+    yield "requested_dtype", request.dtype
+    for name in DERIVED:
+        yield name, getattr(row, name)
+    for part, names in RECORDED.items():
+        for name in names:
+            yield name, getattr(getattr(record, part), name, None)
+    for kind, size in row.tensor_bytes.items():
+        yield f"{kind}_bytes", size
+    yield "nvml_used_bytes", largest(peak.nvml_used_bytes for peak in row.peak_by_device)
+    yield "peak_memory_measure", row.peak_by_device[0].measure if row.peak_by_device else None
+    peaks = [f"{peak.device}={peak.peak_bytes}" for peak in row.peak_by_device]
+    yield "peak_memory_bytes_by_device", ";".join(peaks) or None
+    yield "stability", row.verdict.verdict
+    yield "stability_reason", row.verdict.reason
+    yield "notes", " ".join(record.quantization.notes) or None if record.quantization else None
+    for name in ("wall_seconds", "exit_code", "started_at", "key", "command"):
+        yield name, getattr(record, name)
+
+
+def _raw(value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, float):
+        # pandas would write NaN as an empty cell, as if it were missing.
+        return repr(value) if math.isfinite(value) else spelt(value)
+    return str(value)
