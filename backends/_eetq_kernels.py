@@ -22,7 +22,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = dense.abs().amax(dim=1) / 128
     ratio = dense / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
     # torch.round rounds halves to even; EETQ's C++ rounds them away from zero.
-    codes = torch.trunc(ratio + torch.sign(ratio) * 0.5).clamp(-128, 127).to(torch.int8)
+    # Adding 0.5 and truncating would not do either: 0.49999997 + 0.5 is 1 in float32.
+    whole = torch.trunc(ratio)
+    codes = whole + torch.sign(ratio) * ((ratio - whole).abs() >= 0.5)
+    codes = codes.clamp(-128, 127).to(torch.int8)
     return codes, scale.to(torch.float16)
 
 

@@ -42,14 +42,21 @@ def fitted(options: PackedOptions, shapes: Sequence[Shape], device: str) -> tupl
             f"no group size of {GROUP_SIZES[device]} up to {options.group_size} divides every "
             f"layer's input features"
         )
+    return regrouped(options, group, "the largest that divides every layer")
+
+
+def regrouped(options: PackedOptions, group: int, why: str) -> tuple[PackedOptions, str | None]:
+    """Options with another group size, and a note where that is a change."""
     if group == options.group_size:
         return options, None
-    note = f"group size {group} instead of {options.group_size}, which does not divide every layer"
+    note = f"group size {group} instead of {options.group_size}: {why}"
     return options.model_copy(update={"group_size": group}), note
 
 
 def checked_group(config: Mapping[str, Any], method: str, device: str) -> int:
     """The group size of a published checkpoint's ``quantization_config``; ValueError if not trainable."""
+    if config.get("quant_method", method) != method:
+        raise ValueError(f"the checkpoint's quant_method is '{config['quant_method']}', not '{method}'")
     bits, group = (
         config.get("bits", config.get("w_bit")),
         config.get("group_size", config.get("q_group_size")),

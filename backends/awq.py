@@ -52,7 +52,8 @@ class Awq(PackedBackend):
         layout = str(config.get("version", config.get("format", "gemm"))).lower()
         if layout != "gemm":
             raise ValueError(f"the checkpoint's layout '{layout}' is not 'gemm', the one that trains")
-        self.options = self.options.model_copy(update={"group_size": group})
+        self.options, note = shared.regrouped(self.options, group, "as the checkpoint has it")
+        self.notes += [note] if note else []
 
     def config(self) -> dict[str, Any]:
         """As AutoAWQ writes it."""
@@ -74,7 +75,7 @@ class Awq(PackedBackend):
         groups = dense.reshape(rows, -1, self.options.group_size)
         low, high = groups.amin(dim=2).clamp_max(0), groups.amax(dim=2).clamp_min(0)
         scale = ((high - low) / 15).to(torch.float16)  # (out, groups)
-        step = scale.to(torch.float32).clamp_min(torch.finfo(torch.float16).tiny)
+        step = torch.where(scale > 0, scale.to(torch.float32), 1.0)
         zeros = torch.round(-low / step).clamp(0, 15)
         codes = (torch.round(groups / step.unsqueeze(2)) + zeros.unsqueeze(2)).clamp(0, 15)
         codes = codes.reshape(rows, columns).to(torch.int32).t().contiguous()

@@ -45,7 +45,8 @@ class Gptq(PackedBackend):
         if layout not in ("gptq", "gptq_v2"):
             raise ValueError(f"the checkpoint's format '{layout}' is not 'gptq' or 'gptq_v2'")
         self.zero_points_are_stored_less_one = layout == "gptq"
-        self.options = self.options.model_copy(update={"group_size": group})
+        self.options, note = shared.regrouped(self.options, group, "as the checkpoint has it")
+        self.notes += [note] if note else []
 
     def config(self) -> dict[str, Any]:
         """As AutoGPTQ writes it."""
@@ -68,7 +69,7 @@ class Gptq(PackedBackend):
         rows, columns = dense.shape
         groups = dense.reshape(rows, -1, self.options.group_size)
         scale = (groups.abs().amax(dim=2) * 2 / 15).to(torch.float16)  # (out, groups)
-        step = scale.to(torch.float32).clamp_min(torch.finfo(torch.float16).tiny).unsqueeze(2)
+        step = torch.where(scale > 0, scale.to(torch.float32), 1.0).unsqueeze(2)
         codes = (torch.round(groups / step) + 8).clamp(0, 15).reshape(rows, columns).to(torch.int32)
         zeros = torch.full((scale.shape[1], rows), 8 - 1, dtype=torch.int32)
         index = torch.arange(columns, dtype=torch.int32) // self.options.group_size

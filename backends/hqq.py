@@ -45,6 +45,11 @@ class Hqq(Backend):
         if group != wanted:
             self.notes.append(f"group size {group} instead of {wanted}, which does not divide every layer")
             self.options = self.options.model_copy(update={"group_size": group})
+        packed = 8 // self.options.bits
+        if self.options.axis == 1 and any(shape.weights // group % packed for shape in shapes):
+            raise ValueError(
+                f"hqq packs {packed} groups to a byte: each layer's number of groups must divide by it"
+            )
 
     def linear(self, layer: Layer) -> torch.nn.Module:
         """A frozen HQQLinear that dequantizes again in backward (hqq's memory-saving autograd function)."""

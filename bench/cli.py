@@ -234,8 +234,9 @@ def _prepare_sweep(options: dict[str, Any]) -> tuple[Sweep, str]:
     """Everything of ``run`` that can fail because of what was asked, before anything is written."""
     from bench.ask.conversations import file_digest, read_conversations
     from bench.ask.models import resolve_model
-    from bench.ask.packing import CALIBRATIONS
+    from bench.ask.packing import CALIBRATIONS, decide_calibration
     from bench.ask.plan import plan
+    from bench.load.contract import PackedBackend
     from bench.load.registry import find_backends
     from bench.probe.machine import cuda_devices, usable_cores
     from bench.record.store import Store
@@ -255,6 +256,8 @@ def _prepare_sweep(options: dict[str, Any]) -> tuple[Sweep, str]:
         digest = file_digest(Path(experiment.workload.data))
     model = resolve_model(experiment, preset_model=preset_model, download=options["download"])
     device = _device(experiment.device, has_cuda=bool(cuda_devices()))
+    method, calibration_note = decide_calibration(model.request, options["calibration"])
+    packed = {name for name in experiment.backends if issubclass(entries[name].backend, PackedBackend)}
     requests = plan(
         experiment,
         model.request,
@@ -262,6 +265,7 @@ def _prepare_sweep(options: dict[str, Any]) -> tuple[Sweep, str]:
         cpu_threads=experiment.cpu_threads or usable_cores(),
         options=backend_options,
         data_digest=digest,
+        calibrations={name: method if name in packed else None for name in experiment.backends},
         libraries={name: entries[name].backend.requires for name in experiment.backends},
     )
     out = options["out"] or DEFAULT_OUT / Path(experiment.preset).stem
@@ -270,7 +274,7 @@ def _prepare_sweep(options: dict[str, Any]) -> tuple[Sweep, str]:
         f"preset {experiment.preset}{why}: {model.request.name}, {model.request.weights} weights{note}, "
         f"on {device}; {len(requests)} runs of {experiment.workload.steps} steps"
     )
-    return Sweep(requests, model, entries, Store(out), options["calibration"], options["force"]), headline
+    return Sweep(requests, model, entries, Store(out), calibration_note, options["force"]), headline
 
 
 def _experiment(options: dict[str, Any], entries: dict[str, Entry]) -> tuple[Experiment, str | None, str]:

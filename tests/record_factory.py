@@ -238,6 +238,7 @@ def record(
             digest=digest(f"work{repeat}"),
             tokens=4096,
             loss_tokens=2436,
+            batches_without_targets=0,
             attention="sdpa",
             autocast_dtype="bfloat16",
         ),

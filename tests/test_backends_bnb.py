@@ -16,9 +16,22 @@ SHAPES = [
     Shape(130, 1000),  # more than one block of absmax values
 ]
 NF4 = [  # 2305.14314, appendix E
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 ]
 
 
@@ -27,8 +40,14 @@ def layer(identifier, shape, dtype=torch.bfloat16, weight=None, bias=True, **opt
     if weight is None:
         weight = torch.randn(shape.out_features, shape.in_features) * 0.02
     made = get_backend(identifier).create(options, "cpu", "bfloat16")
-    described = Layer("q", shape, {"weight": weight}, torch.randn(shape.out_features).to(dtype) if bias else None,
-                      dtype, torch.device("cpu"))
+    described = Layer(
+        "q",
+        shape,
+        {"weight": weight},
+        torch.randn(shape.out_features).to(dtype) if bias else None,
+        dtype,
+        torch.device("cpu"),
+    )
     return made.linear(described), made
 
 
@@ -56,8 +75,10 @@ def test_a_layer_holds_the_same_bits_after_forward_and_backward(identifier):
 
 def test_nf4_in_the_limit_is_four_and_a_half_bits_and_less_with_double_quantization():
     large = Shape(8192, 8192)
-    bits = {name: get_backend(name).create({}, "cpu", "bfloat16").expected_bits(large)
-            for name in ("bnb-nf4", "bnb-nf4-dq")}
+    bits = {
+        name: get_backend(name).create({}, "cpu", "bfloat16").expected_bits(large)
+        for name in ("bnb-nf4", "bnb-nf4-dq")
+    }
     assert bits["bnb-nf4"] == pytest.approx(4.5, abs=1e-4)
     assert bits["bnb-nf4-dq"] == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-3)
 

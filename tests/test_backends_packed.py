@@ -1,8 +1,10 @@
 """GPTQ and AWQ. Whatever imports gptqmodel runs in a process of its own: the library patches others."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,11 @@ from backends import _gptqmodel as shared
 from backends.awq import COLUMN_ORDER
 from bench.errors import BadValue
 from bench.load.contract import Shape
+from bench.load.model import build_model, skeleton
 from bench.load.registry import get_backend
+from bench.load.weights import CheckpointWeights
 
+ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("gptq", "awq")
 
 WORK = """
@@ -32,105 +37,124 @@ from bench.load.proof import layer_bits
 from bench.load.registry import get_backend
 from bench.load.weights import CheckpointWeights
 
-method, folder = sys.argv[1], Path(sys.argv[2])
 CPU = torch.device("cpu")
 KERNELS = {"gptq": "gptq_torch_aten", "awq": "torch_awq"}  # names that transformers' configurations take
-found = {}
 
-# One layer: what it multiplies by, seen through an identity matrix.
-def backend(dtype="float32", **options):
-    return get_backend(method).create({"group_size": 64, **options}, "cpu", dtype)
 
-def layer(tensors, out_features=48, in_features=256, dtype=torch.float32):
-    return Layer("q", Shape(out_features, in_features), tensors, None, dtype, CPU)
+def work(method, folder):
+    found = {}
 
-torch.manual_seed(0)
-weight = torch.randn(48, 256) * 0.05
-tensors = backend().pack(weight)
-found["tensors"] = tensors
-for dtype in ("float32", "bfloat16"):
-    built = backend(dtype).linear(layer(tensors, dtype=DTYPES[dtype])).train()
-    x = torch.eye(256, dtype=DTYPES[dtype], requires_grad=True)
-    y = built(x)
-    found["identity", dtype] = y.detach().t().clone()
-    torch.manual_seed(1)
-    gradient = torch.randn(256, 48).to(y.dtype)
-    y.backward(gradient)
-    found["gradient", dtype] = (gradient.clone(), x.grad.clone())
-found["training"] = built.training
+    # One layer: what it multiplies by, seen through an identity matrix.
+    def backend(dtype="float32", **options):
+        return get_backend(method).create({"group_size": 64, **options}, "cpu", dtype)
 
-for out_features, in_features, group in ((8, 64, 32), (48, 256, 64), (64, 576, 64), (1024, 128, 128)):
-    made = backend(group_size=group)
-    shape = Shape(out_features, in_features)
-    built = made.linear(layer(made.pack(torch.randn(out_features, in_features)), out_features, in_features))
-    built(torch.ones(1, in_features, requires_grad=True)).sum().backward()
-    found["bits", out_features, in_features] = (layer_bits(built, shape, made.codes), made.expected_bits(shape))
+    def layer(tensors, out_features=48, in_features=256, dtype=torch.float32):
+        return Layer("q", Shape(out_features, in_features), tensors, None, dtype, CPU)
 
-if method == "gptq":
-    torch.manual_seed(2)
-    # A published checkpoint: zero points that are not 8, and groups by activation order.
-    zeros = torch.randint(0, 15, (4, 48), dtype=torch.int32)
-    words = torch.zeros(4, 6, dtype=torch.int32)
-    for place in range(8):
-        words |= zeros[:, place::8] << (4 * place)
-    published = {**tensors, "qzeros": words, "g_idx": tensors["g_idx"][torch.randperm(256)]}
-    for layout in ("gptq", "gptq_v2"):
-        made = backend()
-        made.adopt({"bits": 4, "group_size": 64, "checkpoint_format": layout})
-        built = made.linear(layer(published)).train()
-        found["published", layout] = built(torch.eye(256)).detach().t().clone()
-    found["zeros"], found["g_idx"] = zeros, published["g_idx"]
+    torch.manual_seed(0)
+    weight = torch.randn(48, 256) * 0.05
+    tensors = backend().pack(weight)
+    found["tensors"] = tensors
+    for dtype in ("float32", "bfloat16"):
+        built = backend(dtype).linear(layer(tensors, dtype=DTYPES[dtype])).train()
+        x = torch.eye(256, dtype=DTYPES[dtype], requires_grad=True)
+        y = built(x)
+        found["identity", dtype] = y.detach().t().clone()
+        torch.manual_seed(1)
+        gradient = torch.randn(256, 48).to(y.dtype)
+        y.backward(gradient)
+        found["gradient", dtype] = (gradient.clone(), x.grad.clone())
+    found["training"] = built.training
 
-# A whole model: packed by us, then loaded by us and by transformers.
-torch.manual_seed(0)
-config = Qwen2Config(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, vocab_size=128, max_position_embeddings=64,
-                     tie_word_embeddings=True, initializer_range=0.1)
-model = Qwen2ForCausalLM(config).bfloat16()
-with torch.no_grad():
-    for name, parameter in model.named_parameters():
-        if name.endswith(("bias", "norm.weight")):
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-model.save_pretrained(folder / "dense")
-architecture = json.loads((folder / "dense" / "config.json").read_text())
-bare = skeleton(architecture, "sdpa")
-made = backend("bfloat16")
-made.fit(list(linear_shapes(bare).values()))
-pack_checkpoint(bare, CheckpointWeights(folder / "dense"), made, architecture, folder / "packed",
-                folder / "dense", lambda done, total: None)
-saved = json.loads((folder / "packed" / "config.json").read_text())["quantization_config"]
-ids = torch.arange(24).reshape(2, 12)
+    for out_features, in_features, group in ((8, 64, 32), (48, 256, 64), (64, 576, 64), (1024, 128, 128)):
+        made = backend(group_size=group)
+        shape = Shape(out_features, in_features)
+        packed = made.pack(torch.randn(out_features, in_features))
+        built = made.linear(layer(packed, out_features, in_features))
+        built(torch.ones(1, in_features, requires_grad=True)).sum().backward()
+        counted = layer_bits(built, shape, made.codes)
+        found["bits", out_features, in_features] = (counted, made.expected_bits(shape))
 
-def ours(dtype, **options):
-    made = backend(dtype, **options)
-    made.adopt(saved)
-    return build_model(skeleton(architecture, "sdpa"), CheckpointWeights(folder / "packed"), made, CPU).model
+    if method == "gptq":
+        torch.manual_seed(2)
+        # A published checkpoint: zero points that are not 8, and groups by activation order.
+        zeros = torch.randint(0, 15, (4, 48), dtype=torch.int32)
+        words = torch.zeros(4, 6, dtype=torch.int32)
+        for place in range(8):
+            words |= zeros[:, place::8] << (4 * place)
+        published = {**tensors, "qzeros": words, "g_idx": tensors["g_idx"][torch.randperm(256)]}
+        for layout in ("gptq", "gptq_v2"):
+            made = backend()
+            made.adopt({"bits": 4, "group_size": 64, "checkpoint_format": layout})
+            built = made.linear(layer(published)).train()
+            found["published", layout] = built(torch.eye(256)).detach().t().clone()
+        found["zeros"], found["g_idx"] = zeros, published["g_idx"]
 
-for dtype in ("float32", "bfloat16"):
-    settings = {"gptq": GPTQConfig, "awq": AwqConfig}[method](bits=4, group_size=64, backend=KERNELS[method])
-    theirs = AutoModelForCausalLM.from_pretrained(
-        folder / "packed", quantization_config=settings, dtype=DTYPES[dtype], device_map="cpu").train()
-    same = ours(dtype, kernel=KERNELS[method])
+    # A whole model: packed by us, then loaded by us and by transformers.
+    torch.manual_seed(0)
+    config = Qwen2Config(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=128, max_position_embeddings=64,
+                         tie_word_embeddings=True, initializer_range=0.1)
+    model = Qwen2ForCausalLM(config).bfloat16()
     with torch.no_grad():
-        found["theirs", dtype] = theirs(input_ids=ids).logits
-        found["same kernel", dtype] = same(input_ids=ids).logits
-        found["own kernel", dtype] = ours(dtype)(input_ids=ids).logits
-    names = [type(m.model.layers[0].mlp.up_proj).__name__ for m in (theirs, same)]
-    found["kernels", dtype] = names
-torch.save(found, folder / "found.pt")
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder / "dense")
+    architecture = json.loads((folder / "dense" / "config.json").read_text())
+    bare = skeleton(architecture, "sdpa")
+    made = backend("bfloat16")
+    made.fit(list(linear_shapes(bare).values()))
+    pack_checkpoint(bare, CheckpointWeights(folder / "dense"), made, architecture, folder / "packed",
+                    folder / "dense", lambda done, total: None)
+    saved = json.loads((folder / "packed" / "config.json").read_text())["quantization_config"]
+    ids = torch.arange(24).reshape(2, 12)
+
+    def ours(dtype, **options):
+        made = backend(dtype, **options)
+        made.adopt(saved)
+        weights = CheckpointWeights(folder / "packed")
+        return build_model(skeleton(architecture, "sdpa"), weights, made, CPU).model
+
+    for dtype in ("float32", "bfloat16"):
+        kind = {"gptq": GPTQConfig, "awq": AwqConfig}[method]
+        settings = kind(bits=4, group_size=64, backend=KERNELS[method])
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder / "packed", quantization_config=settings, dtype=DTYPES[dtype], device_map="cpu").train()
+        same = ours(dtype, kernel=KERNELS[method])
+        with torch.no_grad():
+            found["theirs", dtype] = theirs(input_ids=ids).logits
+            found["same kernel", dtype] = same(input_ids=ids).logits
+            found["own kernel", dtype] = ours(dtype)(input_ids=ids).logits
+        names = [type(m.model.layers[0].mlp.up_proj).__name__ for m in (theirs, same)]
+        found["kernels", dtype] = names
+    torch.save(found, folder / "found.pt")
+
+
+for name in sys.argv[2:]:
+    work(name, Path(sys.argv[1]) / name)
 """
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def done(request, tmp_path_factory):
-    """What the work above found, by method."""
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the work above has left what it found, in a folder for each method."""
+    folder = tmp_path_factory.mktemp("packed")
     # Without its own choice of workers gptqmodel refuses to load anything on one or two cores.
-    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": "."}
-    ended = subprocess.run([sys.executable, "-c", WORK, request.param, str(folder)], env=environment,
-                           capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WORK, str(folder), *METHODS]
+    ended = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return request.param, torch.load(folder / "found.pt", weights_only=False)
+    return folder
+
+
+@pytest.fixture(params=METHODS)
+def done(request, folder):
+    """A method, what was found about it, and its packed checkpoint."""
+    found = torch.load(folder / request.param / "found.pt", weights_only=False)
+    return request.param, found, folder / request.param / "packed"
 
 
 def rows(words):
@@ -140,14 +164,16 @@ def rows(words):
 
 def columns(words, order=range(8)):
     """Codes of words that hold 8 columns each; ``order[j]`` is the place of column j in its word."""
-    return torch.stack([(words >> (4 * order[j % 8]))[:, j // 8] & 15 for j in range(words.shape[1] * 8)], dim=1)
+    return torch.stack(
+        [(words >> (4 * order[j % 8]))[:, j // 8] & 15 for j in range(words.shape[1] * 8)], dim=1
+    )
 
 
 AUTOAWQ_REVERSE_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def dense(method, tensors, group=64):
-    """The weight (out x in) that packed tensors stand for, in float32."""
+    """The weight (out x in) that packed tensors stand for, in float32. gptqmodel rounds it to float16."""
     scales = tensors["scales"].float()
     if method == "gptq":
         codes, zeros = rows(tensors["qweight"]), columns(tensors["qzeros"]) + 1
@@ -187,8 +213,6 @@ def test_rounding_is_to_the_nearest_step(method, limit, scale):
     assert worst_error_in_steps(method, torch.randn(16, 128) * scale) <= limit
 
 
-@pytest.mark.xfail(strict=True, reason="pack computes codes with a step of at least 6.1e-5, the smallest normal "
-                   "float16, but stores the smaller (subnormal) scale")
 @pytest.mark.parametrize("method", METHODS)
 def test_rounding_is_to_the_nearest_step_in_groups_of_small_weights_too(method):
     torch.manual_seed(0)
@@ -229,54 +253,84 @@ def test_packed_tensors_have_the_layout_of_the_checkpoint(method):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gptqmodels_layer_multiplies_by_the_weight_that_was_packed(done, dtype):
-    method, found = done
-    seen, wanted = found["identity", dtype].float(), dense(method, found["tensors"])
-    torch.testing.assert_close(seen, wanted, rtol=0 if dtype == "float32" else 2**-7, atol=1e-7)
+    method, found, _ = done
+    wanted = dense(method, found["tensors"]).half().to(getattr(torch, dtype))
+    torch.testing.assert_close(found["identity", dtype], wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_backward_multiplies_by_the_same_weight(done, dtype):
-    method, found = done
+    method, found, _ = done
     gradient, arrived = found["gradient", dtype]
-    wanted = gradient.float() @ dense(method, found["tensors"])
+    wanted = gradient.float() @ dense(method, found["tensors"]).half().float()
     rough = float((arrived.float() - wanted).norm() / wanted.norm())
     assert rough < (1e-6 if dtype == "float32" else 0.01)
 
 
 def test_a_layer_holds_the_bits_that_the_arithmetic_says_also_after_a_step(done):
-    _, found = done
+    _, found, _ = done
     counted = {key: value for key, value in found.items() if key[0] == "bits"}
     assert len(counted) == 4
     for bits, expected in counted.values():
         assert bits == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("done", ["gptq"], indirect=True)
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_published_zero_points_and_activation_order_are_kept(done, layout):
-    method, found = done
-    if method == "awq":
-        pytest.skip("AWQ has one layout and no activation order")
+    _, found, _ = done
     zeros = found["zeros"] + (1 if layout == "gptq" else 0)
     index = found["g_idx"].long()
     scales = found["tensors"]["scales"].float()
     wanted = (scales[index] * (rows(found["tensors"]["qweight"]) - zeros[index])).t()
-    torch.testing.assert_close(found["published", layout], wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["published", layout], wanted.half().float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_packed_model_computes_to_the_bit_what_transformers_computes(done, dtype):
-    _, found = done
+    _, found, _ = done
     theirs, ours = found["kernels", dtype]
     assert theirs == ours
     assert torch.equal(found["same kernel", dtype], found["theirs", dtype])
     assert float(found["theirs", dtype].float().std()) > 0.1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernel_that_is_chosen_on_a_cpu_computes_the_same(done, dtype):
-    """transformers' AwqConfig cannot name awq_torch_aten, so that one is compared through awq_torch."""
-    _, found = done
-    assert torch.equal(found["own kernel", dtype], found["theirs", dtype])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 0.005), ("bfloat16", 0.03)])
+def test_the_kernel_that_is_chosen_on_a_cpu_is_near_the_one_that_transformers_takes(done, dtype, limit):
+    """AwqConfig cannot name awq_torch_aten; torch_awq, which it can, rounds all it multiplies to float16."""
+    method, found, _ = done
+    ours, theirs = found["own kernel", dtype].float(), found["theirs", dtype].float()
+    if method == "gptq":
+        assert torch.equal(ours, theirs)
+    assert float((ours - theirs).norm() / theirs.norm()) < limit
+
+
+class Unpacked:
+    """The tensors of a packed checkpoint, its layers as the dense weights that they stand for."""
+
+    def __init__(self, method, folder):
+        self._method, self._weights = method, CheckpointWeights(folder)
+
+    def __contains__(self, name):
+        return True
+
+    def tensor(self, name):
+        owner = name.removesuffix(".weight")
+        if f"{owner}.qweight" not in self._weights:
+            return self._weights.tensor(name)
+        names = get_backend(self._method).backend.packed_names
+        return dense(self._method, {n: self._weights.tensor(f"{owner}.{n}") for n in names}).half()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_a_packed_model_computes_what_a_dense_one_of_its_unpacked_weights_computes(done, dtype, limit):
+    method, found, folder = done
+    architecture = json.loads((folder / "config.json").read_text())
+    made = get_backend("bf16").create({}, "cpu", dtype)
+    built = build_model(skeleton(architecture, "sdpa"), Unpacked(method, folder), made, torch.device("cpu"))
+    with torch.no_grad():
+        wanted = built.model(input_ids=torch.arange(24).reshape(2, 12)).logits.float()
+    assert float((found["own kernel", dtype].float() - wanted).norm() / wanted.norm()) < limit
 
 
 def backend(method, device="cpu", dtype="bfloat16", **options):
@@ -288,7 +342,8 @@ def test_a_group_that_does_not_divide_is_replaced_with_a_note(method):
     made = backend(method)
     made.fit([Shape(576, 576), Shape(1536, 576)])
     assert made.options.group_size == 64
-    assert made.notes == ["group size 64 instead of 128, which does not divide every layer"]
+    (note,) = made.notes
+    assert note.startswith("group size 64 instead of 128")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -319,14 +374,14 @@ def test_a_checkpoint_that_cannot_be_trained_is_refused(method, changes):
         backend(method).adopt(backend(method).config() | changes)
 
 
-@pytest.mark.parametrize(("method", "changes"), [
-    ("gptq", {"checkpoint_format": "marlin"}), ("awq", {"version": "gemv"})])
+@pytest.mark.parametrize(
+    ("method", "changes"), [("gptq", {"checkpoint_format": "marlin"}), ("awq", {"version": "gemv"})]
+)
 def test_a_layout_that_cannot_be_trained_is_refused(method, changes):
     with pytest.raises(ValueError, match="the checkpoint's"):
         backend(method).adopt(backend(method).config() | changes)
 
 
-@pytest.mark.xfail(strict=True, reason="adopt does not look at quant_method")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_checkpoint_of_another_method_is_refused(method):
     other = "awq" if method == "gptq" else "gptq"

@@ -204,6 +204,12 @@ def test_digests_of_placed_weights_are_compared_within_one_effective_dtype():
     assert [item.name for item in comparison.differences] == ["effective dtype"]
 
 
+def test_calibration_may_scale_what_is_left_unquantized():
+    other = changed(record("awq"), "load", weights_digest=digest("scaled norms"))
+    assert len(compare([record("bf16"), changed(other, "quantization", calibration=None)]).groups) == 2
+    assert len(compare([record("bf16"), changed(other, "quantization", calibration="awq")]).groups) == 1
+
+
 def test_failed_runs_are_rows_and_in_no_group():
     comparison = compare([record("bf16"), failed("hqq", "crashed", "load", "signal 9")])
     assert [found.label for found in comparison.rows] == ["bf16", "hqq"]
@@ -257,6 +263,17 @@ def test_runs_that_share_no_repeat_are_not_put_side_by_side():
     assert any("share no repeat" in warning for warning in comparison.warnings)
 
 
+def test_a_backend_that_ran_in_all_repeats_joins_those_that_did_not():
+    records = [record("bf16"), record("bnb-nf4", repeat=1), record("hqq"), record("hqq", repeat=1)]
+    assert [len(group.rows) for group in compare(records).groups] == [4]
+
+
+def test_one_repeat_with_other_work_keeps_all_repeats_of_its_backend_apart():
+    odd = changed(record("hqq", repeat=1), "workload", digest=digest("other"))
+    groups = compare([record("bf16"), record("bf16", repeat=1), record("hqq"), odd]).groups
+    assert [[found.label for found in group.rows] for group in groups] == [["bf16"] * 2, ["hqq"] * 2]
+
+
 @pytest.mark.parametrize(
     ("asks", "labels"),
     [
@@ -265,7 +282,7 @@ def test_runs_that_share_no_repeat_are_not_put_side_by_side():
             ["hqq (group_size=64)", "hqq (group_size=128)"],
         ),
         ([{"dtype": "float16"}, {"dtype": "bfloat16"}], ["hqq (dtype=float16)", "hqq (dtype=bfloat16)"]),
-        ([{"options": {"x": 1}}, {"options": {}}], ["hqq (x=1)", "hqq (x=default)"]),
+        ([{"options": {"x": 1}}, {"options": {}}], ["hqq (x=1)", "hqq (x=unset)"]),
         ([{"seed": 1, "timeout_seconds": 1.0, "preset": "a"}, {}], ["hqq", "hqq"]),
         (
             [

@@ -24,10 +24,14 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 def shell_lines(text: str) -> list[str]:
     """Commands of the unmarked code blocks, comments removed."""
     blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [line.partition("  #")[0].partition(" # ")[0].strip() for block in blocks for line in block.splitlines()]
+    return [
+        line.partition("  #")[0].partition(" # ")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+    ]
 
 
-@pytest.mark.parametrize("line", [c for c in shell_lines(README) if c.startswith("qlora-bench run")])
+@pytest.mark.parametrize("line", [c for c in shell_lines(README) if c.startswith("qlora-bench run ")])
 def test_every_run_command_of_the_readme_is_accepted(command: Command, line: str, tmp_path: Path) -> None:
     (tmp_path / "my-text.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     arguments = [("proxy" if a == "./my-model" else a) for a in shlex.split(line)[1:]]
@@ -40,7 +44,12 @@ def test_every_run_command_of_the_readme_is_accepted(command: Command, line: str
 
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z0-9]+):", MAKEFILE, re.MULTILINE))
-    named = {line.split()[1] for text in (README, CONTRIBUTING) for line in shell_lines(text) if line.startswith("make ")}
+    named = {
+        line.split()[1]
+        for text in (README, CONTRIBUTING)
+        for line in shell_lines(text)
+        if line.startswith("make ")
+    }
     assert named <= targets
     assert {"bench", "report", "test", "check", "help"} <= targets
 
@@ -75,7 +84,10 @@ def test_the_changelog_knows_the_version() -> None:
 
 def test_every_dependency_is_locked() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(d for group in project["optional-dependencies"].values() for d in group)]
+    wanted = [
+        *project["dependencies"],
+        *(d for group in project["optional-dependencies"].values() for d in group),
+    ]
     locked = {re.split("==", line)[0].lower().replace("_", "-")
               for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line}  # fmt: skip
     for requirement in wanted:

@@ -33,7 +33,9 @@ def sweep(command_with_strangers: Command, tmp_path_factory: pytest.TempPathFact
     """One sweep over every failing backend, with a healthy one at the end."""
     folder = tmp_path_factory.mktemp("failures") / "records"
     flags = [flag for name in (*FAILURES, "eetq") for flag in ("--backend", name)]
-    done = command_with_strangers.run("run", "--preset", "tiny", *flags, "--out", folder, "--json", timeout=580)
+    done = command_with_strangers.run(
+        "run", "--preset", "tiny", *flags, "--out", folder, "--json", timeout=580
+    )
     return done.returncode, {body["request"]["backend"]: body for body in json.loads(done.stdout)}, folder
 
 
@@ -72,7 +74,9 @@ def test_a_breach_keeps_what_was_measured_before_it(sweep: tuple[int, dict[str, 
     assert body["memory"]["readings"][0]["phase"] == "loaded"
 
 
-def test_failed_runs_are_rows_of_the_report(command: Command, sweep: tuple[int, dict[str, Any], Path]) -> None:
+def test_failed_runs_are_rows_of_the_report(
+    command: Command, sweep: tuple[int, dict[str, Any], Path]
+) -> None:
     folder = sweep[2]
     page = (folder / "report.html").read_text(encoding="utf-8")
     for backend in FAILURES:
@@ -90,12 +94,16 @@ def test_a_hanging_run_times_out(command_with_strangers: Command, out: Path) -> 
 
 def test_a_worker_that_lies_on_the_pipe_is_a_crash(command_with_strangers: Command, out: Path) -> None:
     """What cannot be a record is refused with the field's name; it does not stop the command."""
-    (body,) = command_with_strangers.json("run", "--preset", "tiny", "--backend", "bad-lies-on-the-pipe", "--out", out)
+    (body,) = command_with_strangers.json(
+        "run", "--preset", "tiny", "--backend", "bad-lies-on-the-pipe", "--out", out
+    )
     # The lie is overwritten by the worker's own section later, so this run may also complete.
     assert body["status"] in ("completed", "crashed")
 
 
-def test_ctrl_c_leaves_finished_records_and_an_interrupted_one(command_with_strangers: Command, out: Path) -> None:
+def test_ctrl_c_leaves_finished_records_and_an_interrupted_one(
+    command_with_strangers: Command, out: Path
+) -> None:
     arguments = command_with_strangers.arguments(
         "run", "--preset", "tiny", "--backend", "eetq", "--backend", "bad-hangs", "--backend", "bf16",
         "--out", out)  # fmt: skip
@@ -117,7 +125,9 @@ def test_ctrl_c_leaves_finished_records_and_an_interrupted_one(command_with_stra
 
 
 def test_no_worker_outlives_a_killed_command(command_with_strangers: Command, out: Path) -> None:
-    arguments = command_with_strangers.arguments("run", "--preset", "tiny", "--backend", "bad-hangs", "--out", out)
+    arguments = command_with_strangers.arguments(
+        "run", "--preset", "tiny", "--backend", "bad-hangs", "--out", out
+    )
     process = subprocess.Popen(arguments, env=command_with_strangers.environment, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)  # fmt: skip
     try:

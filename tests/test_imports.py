@@ -40,7 +40,9 @@ def imported(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_rooms_import_one_way(path: Path) -> None:
     room = path.relative_to(ROOT / "bench").parts[0].removesuffix(".py")
     for name in imported(path):
@@ -74,13 +76,17 @@ def test_commands_answer_without_torch(arguments: list[str]) -> None:
             "from bench.cli import cli\n"
             "cli.main(standalone_mode=False)\n"
             "print('torch imported:', 'torch' in sys.modules)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip().endswith("torch imported: False")
 
 
 def test_no_room_is_a_drawer() -> None:
     forbidden = {"utils.py", "common.py", "misc.py", "helpers.py"}
-    assert not [p for folder in ("bench", "backends") for p in (ROOT / folder).rglob("*.py") if p.name in forbidden]
+    assert not [
+        p for folder in ("bench", "backends") for p in (ROOT / folder).rglob("*.py") if p.name in forbidden
+    ]
 
 
 def test_every_file_says_what_it_is_for() -> None:

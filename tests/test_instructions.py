@@ -1,12 +1,15 @@
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bench.run.instructions import conversation
 
+ROOT = Path(__file__).resolve().parents[1]
 KINDS = 6
 
 
@@ -33,15 +36,23 @@ def test_the_same_index_gives_the_same_text():
 
 def test_another_process_with_another_hash_seed_gives_the_same_text():
     code = "from bench.run.instructions import conversation; print([conversation(i) for i in range(30)])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env={"PYTHONHASHSEED": "3", "PYTHONPATH": "."}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONHASHSEED": "3", "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
     assert done.stdout.strip() == str([conversation(index) for index in range(30)])
 
 
 def test_the_text_of_one_index_is_pinned():
     assert talk(1) == (
         "Convert 459 kilograms to grams, and say how you did it.",
-        "One of the kilograms holds 1000 grams, so multiply: 459 x 1000 = 459000. The answer is 459000 grams.",
+        "One of the kilograms holds 1000 grams, so multiply: 459 x 1000 = 459000. "
+        "The answer is 459000 grams.",
     )
 
 
@@ -64,7 +75,9 @@ def test_crates_and_parts_add_up(index):
 def test_units_are_converted_with_the_right_factor(index):
     question, answer = talk(index)
     amount, large, small = re.match(r"Convert (\d+) (\w+) to (\w+),", question).groups()
-    factor = {"kilometres": 1000, "hours": 60, "kilograms": 1000, "days": 24, "metres": 100, "litres": 1000}[large]
+    factor = {"kilometres": 1000, "hours": 60, "kilograms": 1000, "days": 24, "metres": 100, "litres": 1000}[
+        large
+    ]
     assert numbers(answer) == [factor, int(amount), factor, int(amount) * factor, int(amount) * factor]
     assert answer.endswith(f"The answer is {int(amount) * factor} {small}.")
 

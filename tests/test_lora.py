@@ -109,7 +109,9 @@ def test_the_adapters_are_attached_to_the_forward(plain):
 
 def test_only_the_named_projections_get_adapters():
     assert {name.split(".")[-2] for name in attached(target_modules=("q_proj", "up_proj")).tensors} == {
-        "q_proj", "up_proj"}
+        "q_proj",
+        "up_proj",
+    }
 
 
 def test_a_projection_that_the_model_has_not_is_named():

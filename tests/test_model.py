@@ -16,8 +16,16 @@ IDS = torch.arange(24).reshape(2, 12)
 def checkpoint(folder, *, tied=True, dtype=torch.bfloat16):
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=128, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.1)
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+    )
     model = Qwen2ForCausalLM(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -39,7 +47,8 @@ def test_the_reference_computes_what_transformers_computes(tmp_path, tied, dtype
     folder, architecture = checkpoint(tmp_path, tied=tied)
     ours = built(folder, architecture, dtype=dtype, attention=attention).model
     theirs = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention).train()
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+    ).train()
     with torch.no_grad():
         assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
 
@@ -64,7 +73,9 @@ def test_a_head_of_its_own_shares_nothing(tmp_path):
 
 def test_no_parameter_and_no_buffer_is_left_without_memory(tmp_path):
     model = built(*checkpoint(tmp_path)).model
-    assert not [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not [
+        name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta
+    ]
 
 
 def test_the_rotary_buffer_has_its_values_in_float32(tmp_path):
@@ -75,7 +86,9 @@ def test_the_rotary_buffer_has_its_values_in_float32(tmp_path):
 
 
 def test_the_skeleton_has_no_weights_and_real_buffers():
-    model = skeleton({"model_type": "qwen2", "num_hidden_layers": 1, "quantization_config": {"bits": 4}}, "sdpa")
+    model = skeleton(
+        {"model_type": "qwen2", "num_hidden_layers": 1, "quantization_config": {"bits": 4}}, "sdpa"
+    )
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
     assert model.config.use_cache is False
@@ -126,7 +139,9 @@ def test_a_quantized_model_has_nearly_the_logits_of_the_reference(tmp_path, back
     with torch.no_grad():
         wanted = built(folder, architecture, dtype="float32").model(input_ids=IDS).logits
         found = built(folder, architecture, backend, dtype="float32").model(input_ids=IDS).logits
-    assert float((found - wanted).norm() / wanted.norm()) < (0.35 if "nf4" in backend or backend == "hqq" else 0.06)
+    assert float((found - wanted).norm() / wanted.norm()) < (
+        0.35 if "nf4" in backend or backend == "hqq" else 0.06
+    )
     assert not torch.equal(found, wanted)
 
 
@@ -134,8 +149,13 @@ def test_progress_is_told_for_every_layer_and_at_the_end(tmp_path):
     folder, architecture = checkpoint(tmp_path)
     told = []
     made = get_backend("bf16").create({}, "cpu", "bfloat16")
-    build_model(skeleton(architecture, "sdpa"), CheckpointWeights(folder), made, CPU,
-                lambda done, total: told.append((done, total)))
+    build_model(
+        skeleton(architecture, "sdpa"),
+        CheckpointWeights(folder),
+        made,
+        CPU,
+        lambda done, total: told.append((done, total)),
+    )
     assert told == [(done, 14) for done in range(15)]
 
 
@@ -145,7 +165,6 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
         built(folder, {**architecture, "vocab_size": 130})
 
 
-@pytest.mark.xfail(strict=True, reason="build_model checks the shapes of all tensors but the linear layers'")
 def test_a_linear_weight_of_another_shape_is_named(tmp_path):
     folder, architecture = checkpoint(tmp_path)
     tensors = {name: CheckpointWeights(folder).tensor(name) for name in CheckpointWeights(folder)._files}
@@ -157,9 +176,16 @@ def test_a_linear_weight_of_another_shape_is_named(tmp_path):
 
 
 def test_a_synthetic_model_computes_finite_logits():
-    architecture = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
-                    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
-                    "tie_word_embeddings": True}
+    architecture = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "tie_word_embeddings": True,
+    }
     model = skeleton(architecture, "sdpa")
     weights = SyntheticWeights({name: p.shape for name, p in model.named_parameters()}, 0.02)
     done = build_model(model, weights, get_backend("bf16").create({}, "cpu", "bfloat16"), CPU)

@@ -54,8 +54,9 @@ def sharded(folder):
 
 
 def resolved(name=None, preset_model="local/tiny", architecture=SHAPE, **changes):
-    experiment = Experiment(preset="tiny", backends=("bf16",), model=name and str(name), architecture=architecture,
-                            **changes)
+    experiment = Experiment(
+        preset="tiny", backends=("bf16",), model=name and str(name), architecture=architecture, **changes
+    )
     return resolve_model(experiment, preset_model=preset_model, download=False)
 
 
@@ -128,7 +129,10 @@ def test_synthetic_weights_in_the_shape_of_a_quantized_checkpoint_are_refused(tm
 
 def test_layers_are_cut_in_the_architecture(tmp_path):
     found = resolved(model(tmp_path / "m"), layers=1).request
-    assert (found.architecture["num_hidden_layers"], found.architecture["layer_types"]) == (1, ["full_attention"])
+    assert (found.architecture["num_hidden_layers"], found.architecture["layer_types"]) == (
+        1,
+        ["full_attention"],
+    )
     assert found.layers == 1
 
 
@@ -150,7 +154,7 @@ def test_a_local_name_without_its_configuration_is_not_on_disk(cache):
 def test_a_folder_without_configuration_is_broken(tmp_path):
     folder = model(tmp_path / "m")
     (folder / "config.json").unlink()
-    with pytest.raises(BrokenFile, match="holds no config.json"):
+    with pytest.raises(BrokenFile, match=r"holds no config\.json"):
         resolved(folder)
 
 
@@ -158,7 +162,7 @@ def test_a_folder_without_configuration_is_broken(tmp_path):
 def test_a_corrupt_configuration_is_broken(tmp_path, text):
     folder = model(tmp_path / "m")
     (folder / "config.json").write_text(text)
-    with pytest.raises(BrokenFile, match="config.json"):
+    with pytest.raises(BrokenFile, match=r"config\.json"):
         read_config(folder)
 
 
@@ -206,7 +210,6 @@ def test_a_file_whose_header_is_none_is_broken(tmp_path, header):
         safetensors_header(file)
 
 
-@pytest.mark.xfail(strict=True, reason="max(ends) + 8 is computed outside the try of safetensors_header")
 @pytest.mark.parametrize("end", ['"x"', "null", "[1]"])
 def test_a_header_whose_offsets_are_no_numbers_is_broken(tmp_path, end):
     header = f'{{"a": {{"data_offsets": [0, {end}]}}}}'.encode()

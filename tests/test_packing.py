@@ -1,7 +1,10 @@
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
 from bench.ask.models import ResolvedModel
-from bench.ask.packing import MANIFEST, Manifest, packed_checkpoint, read_manifest
+from bench.ask.packing import MANIFEST, Manifest, decide_calibration, packed_folder, read_manifest
 from tests.record_factory import request
 
 
@@ -11,13 +14,21 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@dataclass(frozen=True)
+class Found:
+    folder: Path
+    calibration: str
+    note: str | None
+
+
 def packed(method="auto", backend="gptq", folder="real", layers=None, architecture=None, **changes):
     asked = request(backend, weights="real" if folder else "synthetic", **changes)
     model = asked.model.model_copy(
         update={"layers": layers, "architecture": architecture or asked.model.architecture}
     )
-    asked = asked.model_copy(update={"model": model})
-    return packed_checkpoint(asked, ResolvedModel(model, folder), method)
+    calibration, note = decide_calibration(model, method)
+    asked = asked.model_copy(update={"model": model, "calibration": calibration})
+    return Found(packed_folder(asked, ResolvedModel(model, folder)), calibration, note)
 
 
 def test_real_weights_are_calibrated(cache):
@@ -30,7 +41,9 @@ def test_synthetic_weights_are_rounded():
 
 
 def test_synthetic_weights_are_rounded_even_where_calibration_was_asked():
-    assert packed("calibrated", folder=None).calibration == "rtn"
+    found = packed("calibrated", folder=None)
+    assert found.calibration == "rtn"
+    assert "synthetic" in found.note
 
 
 def test_real_weights_are_rounded_where_that_was_asked(cache):
@@ -51,12 +64,14 @@ def test_a_cut_model_that_was_to_be_rounded_needs_no_note(cache):
 
 def test_a_published_checkpoint_is_read_as_it_is(cache):
     found = packed(folder=cache, architecture={"quantization_config": {"bits": 4}})
-    assert (found.folder, found.calibration, found.ready) == (cache, None, True)
+    assert (found.folder, found.calibration) == (cache, "published")
 
 
 def test_the_kernel_does_not_change_which_checkpoint_is_read():
-    assert packed(folder=None, options={"group_size": 64, "kernel": "a"}).folder == \
-        packed(folder=None, options={"group_size": 64, "kernel": "b"}).folder
+    assert (
+        packed(folder=None, options={"group_size": 64, "kernel": "a"}).folder
+        == packed(folder=None, options={"group_size": 64, "kernel": "b"}).folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,12 +97,11 @@ def test_rounding_does_not_depend_on_the_library(cache):
     assert first.folder == second.folder
 
 
-def test_a_folder_without_its_manifest_is_not_ready():
-    found = packed(folder=None)
-    found.folder.mkdir(parents=True)
-    assert not found.ready
-    (found.folder / MANIFEST).write_text("{}")
-    assert not found.ready
-    (found.folder / MANIFEST).write_text(Manifest(calibration="rtn", samples=0, seconds=1.0).model_dump_json())
-    assert found.ready
-    assert read_manifest(found.folder).calibration == "rtn"
+def test_a_folder_without_its_manifest_is_not_finished():
+    folder = packed(folder=None).folder
+    folder.mkdir(parents=True)
+    assert read_manifest(folder) is None
+    (folder / MANIFEST).write_text("{}")
+    assert read_manifest(folder) is None
+    (folder / MANIFEST).write_text(Manifest(calibration="rtn", samples=0, seconds=1.0).model_dump_json())
+    assert read_manifest(folder).calibration == "rtn"

@@ -52,7 +52,7 @@ def test_the_headline_says_what_where_how_many_and_the_answers():
 
 def test_the_headline_names_what_went_wrong():
     text = headline(realistic())
-    assert "What went wrong: 3 of 8 runs; hqq: unavailable (load); gptq: poisoned; " in text
+    assert "What went wrong: 3 of 8 runs; hqq: unavailable (load); gptq: poisoned: the trained" in text
     assert "eetq: out of memory (train)." in text
 
 

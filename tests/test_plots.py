@@ -115,6 +115,28 @@ def test_a_failed_run_with_data_is_drawn_with_its_outcome():
         assert "hqq (out of memory)" in found[name].svg
 
 
+def test_the_first_request_of_a_backend_keeps_its_style():
+    styles = assign_styles(["gptq (group_size=64)", "gptq (group_size=128)", "bf16"])
+    assert styles["gptq (group_size=64)"] == STYLES["gptq"]
+    assert len(set(styles.values())) == 3
+
+
+def test_a_failed_request_leaves_its_style_to_a_completed_one():
+    crashed = failed("gptq", "crashed", "load", "x", ask={"options": {"group_size": 128}})
+    assert STYLES["gptq"].color in named(compare([crashed, record("gptq")]))["loss"].svg
+
+
+def test_a_legend_of_long_names_stays_inside_its_figure():
+    ask = {"options": {"a_rather_long_option_name": 1}}
+    records = [record(backend, ask=extra) for backend in ("hqq", "gptq", "awq") for extra in ({}, ask)]
+    svg = named(compare(records))["loss"].svg
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg).group(1))
+    entries = re.findall(r'<text font-size="10px"[^>]*? x="([-\d.]+)"[^>]*>([^<]*)', svg)
+    assert len(entries) == 6
+    for start, text in entries:
+        assert 0 <= float(start) <= width - 5 * len(text)
+
+
 def test_pyplot_and_its_global_state_stay_out():
     plots(compare(eight_backends()))
     assert "matplotlib.pyplot" not in sys.modules

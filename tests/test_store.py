@@ -206,8 +206,18 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_runs(tmp_
     scale=st.none() | NUMBERS,
 )
 def test_steps_of_any_numbers_come_back_to_the_bit(losses, norm, rate, seconds, scale):
-    made = Step(index=0, warmup=False, losses=losses, gradient_norm=norm, learning_rate=rate, seconds=seconds,
-                tokens=1, loss_tokens=1, applied=True, loss_scale=scale)
+    made = Step(
+        index=0,
+        warmup=False,
+        losses=losses,
+        gradient_norm=norm,
+        learning_rate=rate,
+        seconds=seconds,
+        tokens=1,
+        loss_tokens=1,
+        applied=True,
+        loss_scale=scale,
+    )
     found = Step.model_validate_json(made.model_dump_json())
     for name in Step.model_fields:
         assert repr(getattr(found, name)) == repr(getattr(made, name))

@@ -33,6 +33,7 @@ def drawn(comparison, width=160):
         (0.212106, "0.212"),
         (2411.878, "2,412"),
         (63.2, "63.2"),
+        (9.996, "10.0"),
         (math.nan, "NaN"),
         (math.inf, "Infinity"),
         (-math.inf, "-Infinity"),

@@ -45,8 +45,10 @@ def test_drawing_leaves_the_global_generator_alone():
 
 def test_layers_of_one_shape_have_different_values():
     drawn = synthetic()
-    assert not torch.equal(drawn.tensor("model.layers.0.self_attn.q_proj.weight"),
-                           drawn.tensor("model.layers.1.self_attn.q_proj.weight"))
+    assert not torch.equal(
+        drawn.tensor("model.layers.0.self_attn.q_proj.weight"),
+        drawn.tensor("model.layers.1.self_attn.q_proj.weight"),
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -45,7 +45,9 @@ def test_it_holds_every_source_file(wheel: Path) -> None:
 
 def test_it_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel], check=True
+    )
     environment = {"PYTHONPATH": str(site), "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-m", "bench", "run", "--preset", "tiny", "--dry-run"], cwd=tmp_path,
                           env=environment, capture_output=True, text=True, check=True)  # fmt: skip

@@ -35,13 +35,18 @@ def test_equal_settings_give_equal_batches_and_digests():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"sequence_length": 65}, {"micro_batch_size": 3}, {"padding": "right"}, {"vocabulary": 513}, {"count": 5}],
+    [
+        {"sequence_length": 65},
+        {"micro_batch_size": 3},
+        {"padding": "right"},
+        {"vocabulary": 513},
+        {"count": 5},
+    ],
 )
 def test_other_work_has_another_digest(changes):
     assert consumed(**changes)[0].digest != consumed()[0].digest
 
 
-@pytest.mark.xfail(strict=True, reason="the digest is over values only: 2 rows of 8 look like 1 row of 16")
 def test_the_same_ids_in_rows_of_another_length_have_another_digest():
     long, _ = consumed(sequence_length=128, micro_batch_size=1)
     short, _ = consumed(sequence_length=64, micro_batch_size=2)
@@ -50,7 +55,7 @@ def test_the_same_ids_in_rows_of_another_length_have_another_digest():
 
 def test_the_digest_of_the_toy_workload_is_pinned():
     """Whoever changes the text or the encoder makes old records incomparable, and should know it."""
-    assert consumed()[0].digest == "ddcb83e778e2bbbeb16264b5601f21ebf720c206766fb258e5aa1b1f7a9d4587"
+    assert consumed()[0].digest == "cf33648481211d33f28e7912442d85ade0eac1210a1bee21cd43387304ea6193"
 
 
 def test_batches_are_whole_numbers_in_rows():
@@ -118,7 +123,8 @@ def test_loss_tokens_are_the_targets_that_cross_entropy_counts(padding):
     for batch in batches:
         targets = batch.labels[:, 1:].flatten()
         flat = torch.nn.functional.cross_entropy(
-            torch.zeros(len(targets), VOCABULARY), targets, ignore_index=IGNORED_LABEL, reduction="none")
+            torch.zeros(len(targets), VOCABULARY), targets, ignore_index=IGNORED_LABEL, reduction="none"
+        )
         assert batch.loss_tokens == int((flat > 0).sum())
     assert source.loss_tokens == sum(batch.loss_tokens for batch in batches)
 
@@ -134,7 +140,6 @@ def test_every_micro_batch_of_the_toy_preset_has_something_to_learn(padding):
     assert all(source.next_batch().loss_tokens for _ in range(300))
 
 
-@pytest.mark.xfail(strict=True, reason="next_batch gives batches without a target, whose mean loss is NaN")
 @pytest.mark.parametrize("padding", ["packed", "right"])
 def test_a_micro_batch_without_anything_to_learn_is_never_given(padding):
     source = reader(sequence_length=16, micro_batch_size=1, padding=padding)
@@ -186,16 +191,19 @@ def tokenizer(folder, *, template, begin):
     words = [w for index in range(12) for m in conversation(index) for w in m["content"].split()]
     names = ["<pad>", "<s>", "</s>", "<unk>", "\n", "user", "assistant", *dict.fromkeys(words)]
     made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"),
-                                                  pre_tokenizers.Split(" ", "removed")])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
     if begin:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     if template:
         fast.chat_template = (
             "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
-            "{% if add_generation_prompt %}<s> assistant {% endif %}")
+            "{% if add_generation_prompt %}<s> assistant {% endif %}"
+        )
     fast.save_pretrained(folder)
     return ChatEncoder(folder), fast
 
@@ -206,9 +214,11 @@ def test_the_models_own_template_labels_the_answer_and_its_end(tmp_path, index):
     ids, labels = encoder.encode(conversation(index))
     answer = [label for label in labels if label != IGNORED_LABEL]
     assert len(ids) == len(labels)
-    assert ids[-len(answer):] == answer
-    assert fast.decode(answer).split() == [*fast.decode(
-        fast(conversation(index)[1]["content"])["input_ids"]).split(), "</s>"]
+    assert ids[-len(answer) :] == answer
+    assert fast.decode(answer).split() == [
+        *fast.decode(fast(conversation(index)[1]["content"])["input_ids"]).split(),
+        "</s>",
+    ]
 
 
 def test_padding_is_the_tokenizers_own(tmp_path):
@@ -221,10 +231,9 @@ def test_a_tokenizer_without_a_template_joins_the_messages(tmp_path):
     ids, labels = encoder.encode(conversation(1))
     answer = [label for label in labels if label != IGNORED_LABEL]
     assert 0 < len(answer) < len(ids)
-    assert ids[-len(answer):] == answer
+    assert ids[-len(answer) :] == answer
 
 
-@pytest.mark.xfail(strict=True, reason="_ids adds special tokens to the whole text and not to the prompt")
 def test_a_tokenizer_without_a_template_may_begin_with_a_token_of_its_own(tmp_path):
     encoder, fast = tokenizer(tmp_path, template=False, begin=True)
     ids, _ = encoder.encode(conversation(1))

@@ -18,7 +18,8 @@ def read_conversations(path: Path) -> list[list[Message]]:
     Raises BrokenFile naming the line and what is wrong with it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also cuts at separators that may stand inside a JSON text.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenFile(f"'{path}' is not readable: {error}") from None
     found = [_conversation(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -36,7 +37,7 @@ def _conversation(path: Path, number: int, line: str) -> list[Message]:
 
     try:
         body = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise broken(f"not JSON ({error})") from None
     if not isinstance(body, dict):
         raise broken("not an object")

@@ -185,5 +185,5 @@ def _short(value: object) -> str:
 def _json_or_text(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value

@@ -165,12 +165,13 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         if not isinstance(header, dict):
             raise TypeError("header is no object")
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        end = max(ends, default=0) + 8 + length
+        if ends and end > size:
+            raise BrokenFile(f"'{file}' is truncated: {size} bytes of {end}")
     except FileNotFoundError:
         raise BrokenFile(f"shard '{file}' is missing") from None
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise BrokenFile(f"'{file}' is no safetensors file: {error!r}") from None
-    if ends and max(ends) + 8 + length > size:
-        raise BrokenFile(f"'{file}' is truncated: {size} bytes of {max(ends) + 8 + length}")
     return header
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,11 +14,14 @@ from pydantic import ValidationError
 
 from bench.ask.experiment import Frozen
 from bench.ask.models import ResolvedModel, cache_folder
-from bench.ask.plan import RunRequest
+from bench.ask.plan import ModelRequest, RunRequest
 
 MANIFEST = "qlora_bench.json"
+LAYOUT = 2
+"""Raised when what the project writes changes, so that older checkpoints in a cache are not read."""
 Calibration = Literal["auto", "rtn", "calibrated"]
 CALIBRATIONS = get_args(Calibration)
+Method = Literal["rtn", "calibrated", "published"]
 
 
 class Manifest(Frozen):
@@ -30,51 +32,42 @@ class Manifest(Frozen):
     seconds: float
 
 
-@dataclass(frozen=True)
-class PackedCheckpoint:
-    """The checkpoint of one run."""
+def decide_calibration(model: ModelRequest, asked: Calibration) -> tuple[Method, str | None]:
+    """How the packed checkpoint of ``model`` comes to be, and a note where that is not what was asked.
 
-    folder: Path
-    calibration: str | None
-    """How it is made; None: published, read as it is."""
-    note: str | None = None
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can be read now."""
-        return self.calibration is None or read_manifest(self.folder) is not None
-
-
-def packed_checkpoint(
-    request: RunRequest, model: ResolvedModel, calibration: Calibration
-) -> PackedCheckpoint:
-    """Where the packed checkpoint of ``request`` is or will be, and how it is made.
-
-    ``auto``: real weights are calibrated with the backend's method, synthetic ones rounded to nearest
-    (there is nothing to calibrate on random values). A model cut with --layers is rounded as well, since
-    the calibrating library reads whole checkpoints.
+    A checkpoint that is quantized already is read as published. ``auto``: real weights are calibrated with
+    the backend's own method, synthetic ones rounded to nearest (there is nothing to calibrate on random
+    values). A model cut with --layers is rounded as well, since the calibrating library reads whole
+    checkpoints.
     """
-    if model.folder is not None and "quantization_config" in request.model.architecture:
-        return PackedCheckpoint(model.folder, None)
-    method, note = calibration, None
-    if request.model.weights == "synthetic":
-        method = "rtn"
-    elif request.model.layers is not None and method != "rtn":
-        method, note = "rtn", "rounded to nearest instead of calibrated: the model is cut with --layers"
-    elif method == "auto":
-        method = "calibrated"
+    if "quantization_config" in model.architecture:
+        return "published", None
+    if asked == "rtn":
+        return "rtn", None
+    if model.weights == "synthetic":
+        note = "rounded to nearest: synthetic weights give nothing to calibrate on"
+        return "rtn", note if asked == "calibrated" else None
+    if model.layers is not None:
+        return "rtn", "rounded to nearest instead of calibrated: the model is cut with --layers"
+    return "calibrated", None
+
+
+def packed_folder(request: RunRequest, model: ResolvedModel) -> Path:
+    """Where the packed checkpoint of ``request`` is, or will be once it is made."""
+    if request.calibration == "published":
+        assert model.folder is not None
+        return model.folder
     body = {
         "fingerprint": request.model.fingerprint,
         "architecture": dict(request.model.architecture),
         "backend": request.backend,
-        "options": {k: v for k, v in request.options.items() if k != "kernel"},
-        "method": method,
-        "version": request.versions.get("gptqmodel") if method != "rtn" else None,
-        "layout": 1,
+        "options": {name: value for name, value in request.options.items() if name != "kernel"},
+        "calibration": request.calibration,
+        "version": request.versions.get("gptqmodel") if request.calibration == "calibrated" else None,
+        "layout": LAYOUT,
     }
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / "packed" / f"{request.backend}-{method}-{digest}"
-    return PackedCheckpoint(folder, method, note)
+    return cache_folder() / "packed" / f"{request.backend}-{request.calibration}-{digest}"
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from bench.ask.experiment import Dtype, Experiment, Frozen, Lora, Optimizer, Workload
+from bench.ask.preset import load_preset
+from bench.errors import UserError
 
 HARNESS_LIBRARIES = ("qlora-bench", "torch", "transformers", "peft", "accelerate")
 
@@ -42,6 +44,8 @@ class RunRequest(Frozen):
     backend: str
     options: Mapping[str, Any]
     """The backend's options, complete: defaults included."""
+    calibration: Literal["rtn", "calibrated", "published"] | None = None
+    """How the packed checkpoint is made, or that it is read as published; None: quantized on load."""
     dtype: Dtype
     device: Literal["cpu", "cuda"]
     attention: Literal["sdpa", "eager"]
@@ -61,7 +65,10 @@ class RunRequest(Frozen):
     @property
     def key(self) -> str:
         """Name of this run's record: readable, and unique for what the result depends on."""
-        body = self.model_dump(mode="json", exclude={"timeout_seconds", "preset"})
+        # Left out: what says how the run was asked for and changes nothing of what it does.
+        body = self.model_dump(
+            mode="json", exclude={"timeout_seconds": True, "preset": True, "model": {"note"}}
+        )
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         return f"{self.backend}-{self.dtype}-r{self.repeat}-{digest[:10]}"
 
@@ -79,12 +86,14 @@ def plan(
     cpu_threads: int,
     options: Mapping[str, Mapping[str, Any]],
     libraries: Mapping[str, Sequence[str]],
+    calibrations: Mapping[str, Literal["rtn", "calibrated", "published"] | None],
     data_digest: str | None = None,
 ) -> list[RunRequest]:
     """Order the runs of ``experiment``.
 
     ``options``: backend id -> complete options. ``libraries``: backend id -> its distributions, whose
-    versions are recorded (None where one is not installed).
+    versions are recorded (None where one is not installed). ``calibrations``: backend id -> how its packed
+    checkpoint comes to be.
     """
     return [
         RunRequest(
@@ -92,6 +101,7 @@ def plan(
             model=model,
             backend=backend,
             options=options[backend],
+            calibration=calibrations[backend],
             dtype=experiment.dtype,
             device=device,
             attention=experiment.attention,
@@ -124,46 +134,44 @@ def _version(distribution: str) -> str | None:
 
 
 def _flags(request: RunRequest) -> list[str]:
+    """Flags that plan ``request`` again: what the command line has a flag for, and as ``--set`` whatever
+    differs from what the preset gives by itself."""
     model = request.model
-    flags = [
-        "--preset",
-        request.preset,
-        "--backend",
-        request.backend,
-        "--dtype",
-        request.dtype,
-        "--device",
-        request.device,
-        "--weights",
-        model.weights,
-        "--seed",
-        str(request.seed),
-        "--model",
-        model.name,
-    ]
-    if model.layers is not None:
-        flags += ["--layers", str(model.layers)]
-    settings: dict[str, Any] = {
-        f"{group}.{name}": value
-        for group, value_set in (
-            ("workload", request.workload),
-            ("lora", request.lora),
-            ("optimizer", request.optimizer),
-        )
-        for name, value in value_set.model_dump(mode="json").items()
-        if value != type(value_set)().model_dump(mode="json")[name]
+    flags = {
+        "preset": request.preset,
+        "backend": request.backend,
+        "dtype": request.dtype,
+        "device": request.device,
+        "model": model.name,
+        "weights": model.weights,
+        "layers": model.layers,
+        "calibration": request.calibration if request.calibration != "published" else None,
+        "seed": request.seed,
     }
-    settings |= {
-        f"{request.backend}.{name}": value for name, value in request.options.items() if value is not None
-    }
-    for name in ("attention", "checkpointing"):
-        if getattr(request, name) != Experiment.model_fields[name].default:
-            settings[name] = getattr(request, name)
-    # The workload is always spelt out: a preset may have set it, and presets may change.
-    settings |= {
-        f"workload.{name}": getattr(request.workload, name)
-        for name in ("sequence_length", "steps", "warmup_steps")
-    }
+    settings = {f"{request.backend}.{name}": value for name, value in request.options.items()}
+    asked, given = _settable(request), _settable(_experiment_of_preset(request.preset))
+    settings |= {name: value for name, value in asked.items() if name not in given or value != given[name]}
+    spelt = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
     for name, value in settings.items():
-        flags += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return flags
+        spelt += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return spelt
+
+
+def _settable(source: RunRequest | Experiment) -> dict[str, Any]:
+    """Settings by their ``--set`` names."""
+    groups = {"workload": source.workload, "lora": source.lora, "optimizer": source.optimizer}
+    settings = {
+        f"{group}.{name}": value
+        for group, values in groups.items()
+        for name, value in values.model_dump(mode="json").items()
+    }
+    return settings | {n: getattr(source, n) for n in ("attention", "checkpointing", "cpu_threads")}
+
+
+def _experiment_of_preset(name: str) -> Experiment:
+    """What the preset gives without any flag; the defaults where its file is not here any more."""
+    try:
+        values = load_preset(name).experiment_values
+    except UserError:
+        values = {}
+    return Experiment.model_validate({**values, "preset": name, "backends": ()})

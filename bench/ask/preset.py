@@ -49,7 +49,10 @@ def preset_names() -> list[str]:
 def load_preset(name: str) -> Preset:
     """A preset by name, or by the path of a TOML file. Raises BadValue or BrokenFile."""
     if name.endswith(".toml") and Path(name).is_file():
-        return _parse(name, Path(name).read_text(encoding="utf-8"))
+        try:
+            return _parse(name, Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise BrokenFile(f"preset '{name}' is not readable: {error}") from None
     if name not in preset_names():
         raise unknown("preset", name, [*preset_names(), AUTOMATIC])
     return _parse(name, resources.files("bench.ask.presets").joinpath(f"{name}.toml").read_text("utf-8"))

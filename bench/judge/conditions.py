@@ -55,9 +55,10 @@ def _same_repeat(row: Row) -> Hashable:
     return row.repeat
 
 
-def _same_repeat_and_dtype(row: Row) -> Hashable:
-    """Parameters as placed have other bytes in another dtype: their digests agree within one only."""
-    return row.repeat, row.effective_dtype
+def _same_placement(row: Row) -> Hashable:
+    """Another dtype has other bytes, and AWQ's calibration scales the norms: digests agree within both."""
+    quantization = row.record.quantization
+    return row.repeat, row.effective_dtype, quantization.calibration if quantization else None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ CHECKS = (
     Check("token ids, labels and masks (digest)", "breaking", "workload.digest", _same_repeat, NOT_RECORDED),
     Check("initial LoRA values (digest)", "breaking", "lora.initial_digest", _same_repeat),
     Check("LoRA shapes (digest)", "breaking", "lora.shapes_digest"),
-    Check("unquantized weights (digest)", "breaking", "load.weights_digest", _same_repeat_and_dtype),
+    Check("unquantized weights (digest)", "breaking", "load.weights_digest", _same_placement),
     Check("seed", "breaking", "request.seed", _same_repeat),
     Check("model fingerprint", "breaking", "request.model.fingerprint"),
     Check("weights", "breaking", "request.model.weights"),

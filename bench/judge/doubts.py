@@ -69,8 +69,8 @@ def _of_the_comparison(groups: Sequence[Group], conditions: Sequence[Condition])
         if condition.kind == "declared":
             values = "; ".join(f"{value.text}: {', '.join(value.names)}" for value in condition.values)
             yield (
-                f"The {condition.name} is not the same for all runs ({values}): read their figures with "
-                "that in mind."
+                f"Not the same for all runs: {condition.name} ({values}). Read their figures with that in "
+                "mind."
             )
 
 

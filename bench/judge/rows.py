@@ -197,7 +197,7 @@ def _labels(records: Sequence[Record]) -> list[str]:
     telling = {backend: _telling_apart(siblings) for backend, siblings in by_backend.items()}
     labels = []
     for own in asked:
-        apart = [f"{path.rsplit('.', 1)[-1]}={own.get(path, 'default')}" for path in telling[own["backend"]]]
+        apart = [f"{path.rsplit('.', 1)[-1]}={own.get(path, 'unset')}" for path in telling[own["backend"]]]
         labels.append(f"{own['backend']} ({', '.join(apart)})" if apart else own["backend"])
     return labels
 
@@ -215,7 +215,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             found |= _flat(value, f"{prefix}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            found[prefix + name] = "default" if value is None else text
+            found[prefix + name] = "unset" if value is None else text
     return found
 
 

@@ -79,6 +79,9 @@ def build_model(
     _place_the_rest(model, weights, shapes, dtype, device)
     for done, (name, shape) in enumerate(shapes.items()):
         progress(done, len(shapes))
+        tensors = {suffix: weights.tensor(f"{name}.{suffix}") for suffix in _tensor_names(backend)}
+        if "weight" in tensors:
+            _check_shape(f"{name}.weight", tensors["weight"], (shape.out_features, shape.in_features))
         bias_name = f"{name}.bias"
         has_bias = model.get_submodule(name).bias is not None
         layer = Layer(
@@ -86,7 +89,7 @@ def build_model(
             shape=shape,
             dtype=dtype,
             device=device,
-            tensors={suffix: weights.tensor(f"{name}.{suffix}") for suffix in _tensor_names(backend)},
+            tensors=tensors,
             bias=weights.tensor(bias_name).to(device=device, dtype=dtype) if has_bias else None,
         )
         model.set_submodule(name, backend.linear(layer), strict=True)
@@ -121,17 +124,20 @@ def _outside(
             yield name, parameter
 
 
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"tensor '{name}' has shape {tuple(tensor.shape)}, the configuration says {expected}"
+        )
+
+
 def _place_the_rest(
     model: nn.Module, weights: Weights, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device
 ) -> None:
     for name, parameter in list(_outside(model, shapes)):
         owner, _, attribute = name.rpartition(".")
         value = weights.tensor(name)
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"tensor '{name}' has shape {tuple(value.shape)}, "
-                f"the configuration says {tuple(parameter.shape)}"
-            )
+        _check_shape(name, value, tuple(parameter.shape))
         placed = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
         setattr(model.get_submodule(owner), attribute, placed)
     # A tied head still holds its meta tensor; tying again points it at the placed embedding.

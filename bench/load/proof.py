@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from logging import Logger
+from types import CellType, ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ TOLERANCE = 0.01
 covers what a kernel pads."""
 BIAS_NAMES = frozenset({"bias"})
 WALK_DEPTH = 12
+OPAQUE = (type(None), type, ModuleType, str, bytes, int, float, complex, torch.dtype, torch.device, Logger)
+"""What holds no tensors of a layer, or leads out of it."""
 
 
 @dataclass
@@ -40,7 +44,7 @@ class StorageCount:
             if identity in self.seen or tensor.device.type == "meta":
                 continue
             self.seen.add(identity)
-            if path[0] in BIAS_NAMES:
+            if len(path) == 1 and path[0] in BIAS_NAMES:
                 self.biases += storage.nbytes()
             elif len(path) == 1 and path[0] in codes:
                 self.codes += storage.nbytes()
@@ -119,12 +123,33 @@ def _walk(
         for key, inner in value.items():
             step = () if key in ("_parameters", "_buffers", "_modules") else (str(key),)
             yield from _walk(inner, (*path, *step), seen, depth + 1)
-    elif isinstance(value, list | tuple | set):
+    elif isinstance(value, list | tuple | set | frozenset):
         for inner in value:
             yield from _walk(inner, path, seen, depth + 1)
-    elif (
-        hasattr(value, "__dict__")
-        and not isinstance(value, type | torch.dtype | torch.device)
-        and not callable(value)
-    ) or isinstance(value, nn.Module):
-        yield from _walk(vars(value), path, seen, depth + 1)
+    elif not isinstance(value, OPAQUE):
+        for below, inner in _held_by(value):
+            yield from _walk(inner, (*path, *below), seen, depth + 1)
+
+
+def _held_by(value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What an object holds: attributes, slots, a closure's variables, a bound method's object."""
+    yield (), getattr(value, "__dict__", {})
+    yield (), getattr(value, "__self__", None)
+    for cell in getattr(value, "__closure__", None) or ():
+        yield (), _content(cell)
+    for kind in type(value).__mro__:
+        for slot in _slots(kind):
+            yield (slot,), getattr(value, slot, None)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a cell that nothing was put into yet
+        return None
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))

@@ -20,7 +20,7 @@ def describe_environment(
     devices: Sequence[torch.device],
     versions: Mapping[str, str | None],
     quantization_libraries: Sequence[str],
-    changed_variables: Mapping[str, str],
+    changed_variables: Mapping[str, str | None],
 ) -> Environment:
     """Everything about the machine and the process that a figure may depend on."""
     commit, dirty = commit_and_dirty()

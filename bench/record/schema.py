@@ -62,9 +62,9 @@ class Environment(Recorded):
     """Quantization libraries in the worker's memory when the training began."""
     allocator_settings: str | None
     """PYTORCH_ALLOC_CONF as torch saw it."""
-    changed_variables: Mapping[str, str]
-    """Environment variables that a library changed while it was imported, with the value it wanted.
-    The harness puts the allocator's settings back."""
+    changed_variables: Mapping[str, str | None]
+    """Environment variables that a library changed while it was imported, with the value it wanted
+    (null: removed).    The harness puts the allocator's settings back."""
     commit: str | None
     """Commit of the harness, null outside a checkout."""
     dirty: bool | None
@@ -105,7 +105,8 @@ class Load(Recorded):
     host_peak_bytes: Bytes | None
     """Peak resident memory of the process up to the end of the load."""
     weights_digest: str
-    """SHA-256 over the unquantized parameters as placed: equal for every backend."""
+    """SHA-256 over the unquantized parameters as placed: equal for every backend, except that AWQ's
+    calibration folds its scales into the norms before the layers it scales."""
 
 
 class LoraFacts(Recorded):
@@ -130,6 +131,8 @@ class WorkloadFacts(Recorded):
     tokens: int
     """Non-padding tokens consumed."""
     loss_tokens: int
+    batches_without_targets: int
+    """Micro-batches passed over because they held no answer token."""
     attention: str
     autocast_dtype: str | None
 

@@ -47,6 +47,6 @@ def parse_event(line: str) -> dict[str, Any] | None:
     """One event, or None for a line that is none (a library that found the pipe and wrote to it)."""
     try:
         body = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return body if isinstance(body, dict) and isinstance(body.get("event"), str) else None

@@ -64,14 +64,14 @@ class WatchedVariables:
     """
 
     def __init__(self) -> None:
-        self.changed: dict[str, str] = {}
+        self.changed: dict[str, str | None] = {}
 
     def __enter__(self) -> WatchedVariables:
         self._before = dict(os.environ)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for name, value in os.environ.items():
-            if name.startswith(WATCHED_PREFIXES) and self._before.get(name) != value:
-                self.changed[name] = value
+        for name in {*self._before, *os.environ}:
+            if name.startswith(WATCHED_PREFIXES) and self._before.get(name) != os.environ.get(name):
+                self.changed[name] = os.environ.get(name)
         apply_settings()

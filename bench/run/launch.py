@@ -104,7 +104,7 @@ def _must_prepare(order: Order) -> bool:
     from bench.ask.packing import read_manifest
 
     return (
-        order.calibration is not None
+        order.request.calibration in ("rtn", "calibrated")
         and order.packed_folder is not None
         and read_manifest(order.packed_folder) is None
     )

@@ -19,7 +19,5 @@ class Order(Frozen):
     """Folder of the real weights, None for synthetic ones."""
     packed_folder: Path | None = None
     """Where a packed checkpoint is, or is to be made; None for backends that quantize on load."""
-    calibration: str | None = None
-    """How to make the packed checkpoint ("rtn" or "calibrated"); None where a published one is read."""
     note: str | None = None
     """A departure from what was asked that concerns the packed checkpoint."""

@@ -92,6 +92,7 @@ def _trainer(preset_name: str, backend_id: str) -> tuple[Trainer, WorkloadReader
     (request,) = plan(
         experiment, model.request, device="cpu", cpu_threads=usable_cores(),
         options={backend_id: entry.defaults.model_dump()}, libraries={backend_id: entry.backend.requires},
+        calibrations={backend_id: None},
     )  # fmt: skip
     backend = entry.create(request.options, "cpu", request.dtype)
     if isinstance(backend, PackedBackend):

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from bench.ask.models import ResolvedModel
-from bench.ask.packing import Calibration, packed_checkpoint
+from bench.ask.packing import packed_folder
 from bench.ask.plan import RunRequest
-from bench.load.contract import PackedBackend
 from bench.load.registry import Entry
 from bench.record.schema import Record
 from bench.record.store import Store
@@ -42,7 +41,8 @@ class Sweep:
     model: ResolvedModel
     entries: dict[str, Entry]
     store: Store
-    calibration: Calibration = "auto"
+    calibration_note: str | None = None
+    """Why packed checkpoints are not made as asked."""
     force: bool = False
 
     def waiting(self) -> list[RunRequest]:
@@ -52,16 +52,10 @@ class Sweep:
     def order(self, request: RunRequest) -> Order:
         """The job handed to a worker."""
         folder = self.model.folder.resolve() if self.model.folder else None
-        if not issubclass(self.entries[request.backend].backend, PackedBackend):
+        if request.calibration is None:
             return Order(request=request, model_folder=folder)
-        packed = packed_checkpoint(request, self.model, self.calibration)
-        return Order(
-            request=request,
-            model_folder=folder,
-            packed_folder=packed.folder.resolve(),
-            calibration=packed.calibration,
-            note=packed.note,
-        )
+        packed = packed_folder(request, self.model).resolve()
+        return Order(request=request, model_folder=folder, packed_folder=packed, note=self.calibration_note)
 
 
 def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:

@@ -84,7 +84,7 @@ class Run:
             assert isinstance(backend, PackedBackend)
             assert self.order.packed_folder is not None
             backend.fit(list(linear_shapes(model).values()))
-            if self.order.calibration == "calibrated":
+            if self.request.calibration == "calibrated":
                 assert self.order.model_folder is not None
                 calibrate_checkpoint(
                     backend, self.order.model_folder, self.order.packed_folder, calibration_texts()
@@ -311,6 +311,7 @@ class Run:
                 digest=reader.digest,
                 tokens=reader.tokens,
                 loss_tokens=reader.loss_tokens,
+                batches_without_targets=reader.batches_without_targets,
                 attention=self.request.attention,
                 autocast_dtype=None if backend.dtype == "float32" else backend.dtype,
             ),

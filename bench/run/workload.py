@@ -23,6 +23,8 @@ from bench.run.instructions import conversation
 
 IGNORED_LABEL = -100
 """torch's cross_entropy leaves these targets out."""
+PATIENCE = 1000
+"""Micro-batches without a target that are passed over before the text is given up."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -81,7 +83,8 @@ class ChatEncoder:
     def _ids(self, messages: Sequence[Message], *, prompt: bool) -> list[int]:
         if self._tokenizer.chat_template is None:
             text = "".join(f"{message['content']}\n" for message in messages)
-            return [int(i) for i in self._tokenizer(text, add_special_tokens=not prompt)["input_ids"]]
+            first = [] if self._tokenizer.bos_token_id is None else [self._tokenizer.bos_token_id]
+            return first + [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
         encoded = self._tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=prompt, tokenize=True, return_dict=True
         )
@@ -124,6 +127,7 @@ class WorkloadReader:
         self.examples = 0
         self.tokens = 0
         self.loss_tokens = 0
+        self.batches_without_targets = 0
         self.source = workload.data or "generated instructions"
         self.tokenizer = encoder.name
 
@@ -133,15 +137,33 @@ class WorkloadReader:
         return self._digest.hexdigest()
 
     def next_batch(self) -> Batch:
-        """The next micro-batch."""
+        """The next micro-batch that holds an answer token.
+
+        The mean loss over no token is NaN and would look like a failure of the backend, so micro-batches
+        without one (prompts longer than the row) are passed over, the same ones for every backend, and
+        counted. Raises ValueError where the text has none but those.
+        """
+        for _ in range(PATIENCE):
+            batch = self._draw()
+            if batch.loss_tokens:
+                self._count(batch)
+                return batch
+            self.batches_without_targets += 1
+        raise ValueError(
+            f"{PATIENCE} micro-batches in a row hold no answer token; raise workload.sequence_length"
+        )
+
+    def _draw(self) -> Batch:
         row = self._packed_row if self._workload.padding == "packed" else self._padded_row
         rows = [row() for _ in range(self._workload.micro_batch_size)]
-        batch = Batch(*(torch.tensor([r[part] for r in rows], dtype=torch.int64) for part in range(3)))
+        return Batch(*(torch.tensor([r[part] for r in rows], dtype=torch.int64) for part in range(3)))
+
+    def _count(self, batch: Batch) -> None:
+        self._digest.update(str(tuple(batch.input_ids.shape)).encode())
         for tensor in (batch.input_ids, batch.labels, batch.attention_mask):
             self._digest.update(tensor.numpy().tobytes())
         self.tokens += batch.tokens
         self.loss_tokens += batch.loss_tokens
-        return batch
 
     def _example(self) -> tuple[list[int], list[int]]:
         self.examples += 1

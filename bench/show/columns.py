@@ -73,7 +73,8 @@ def number(value: float | None, digits: int = 3) -> str:
     size = abs(value)
     if size >= 1e7 or size < 1e-4:
         return f"{value:.{digits - 1}e}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+    # Of the rounded value: 9.996 becomes 10.0, not 10.00.
+    decimals = max(0, digits - 1 - math.floor(math.log10(float(f"{size:.{digits - 1}e}"))))
     return f"{value:,.{decimals}f}"
 
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
 INK = "#010203"
 """Drawn with by matplotlib, then replaced by currentColor. No backend has this colour."""
@@ -65,17 +67,22 @@ STYLES: Mapping[str, Style] = {
 
 
 def assign_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label: a known backend has its own, others take what is free, in order."""
-    distinct = list(dict.fromkeys(labels))
-    taken = {label: STYLES[label] for label in distinct if label in STYLES}
-    free = [style for name, style in STYLES.items() if name not in taken] or list(STYLES.values())
-    others = [label for label in distinct if label not in taken]
-    return taken | {label: free[place % len(free)] for place, label in enumerate(others)}
+    """A style for each label: a known backend has its own, others take what is free, in order.
+
+    Where one backend has several labels, the first has its style.
+    """
+    styles: dict[str, Style] = {}
+    for label in labels:
+        own = STYLES.get(label.partition(" (")[0])
+        if own is not None and own not in styles.values():
+            styles[label] = own
+    free = [style for style in STYLES.values() if style not in styles.values()] or list(STYLES.values())
+    others = [label for label in dict.fromkeys(labels) if label not in styles]
+    return styles | {label: free[place % len(free)] for place, label in enumerate(others)}
 
 
 # ---- matplotlib ----------------------------------------------------------------------------------
 
-LEGEND: Mapping[str, Any] = {"frameon": False, "handlelength": 2.2, "columnspacing": 1.2, "fontsize": 10}
 SETTINGS: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qlora-bench",
@@ -128,12 +135,18 @@ def shading(shade: float, hatch: str) -> dict[str, Any]:
     return {"facecolor": to_rgba(INK, shade), "edgecolor": INK, "hatch": hatch, "linewidth": 0.6}
 
 
-def legend_below(figure: Figure, looks: Mapping[str, Mapping[str, Any]]) -> None:
-    """A legend of filled boxes: label -> how its box looks."""
+def box(**look: Any) -> Patch:
+    """A filled box for a legend."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(label=label, **look) for label, look in looks.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, **LEGEND)
+    return Patch(**look)
+
+
+def legend_below(figure: Figure, handles: Mapping[str, Artist]) -> None:
+    """A legend under the figure, in as many columns as its longest label leaves room for."""
+    columns = max(1, min(4, 76 // (max(map(len, handles)) + 8)))
+    look: Any = {"frameon": False, "handlelength": 2.2, "columnspacing": 1.2, "fontsize": 10}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, **look)
 
 
 # ---- SVG -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 
 from bench.judge.comparison import Comparison
 from bench.judge.conditions import NOT_RECORDED, ConditionValue, counted
-from bench.judge.groups import FIGURES, Spread, Summary
+from bench.judge.groups import FIGURES, Summary
 from bench.judge.rows import Row
 from bench.judge.stability import BAD, VerdictName
 from bench.show.columns import (
@@ -52,12 +52,12 @@ TERMS = {
 
 
 VERDICTS: Mapping[VerdictName, str] = {
-    "healthy": "nothing but finite values was seen",
     "non_finite": "NaN or infinity in a loss or a gradient",
     "poisoned": "the trained weights are no longer finite",
     "dead": "every gradient is exactly zero",
-    "not_judged": "the evidence is too thin",
+    "not_judged": "nothing can be concluded",
 }
+"""Verdict -> half a sentence; healthy speaks for itself."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _setting(rows: Sequence[Row]) -> str:
     if not rows:
         return "There are no records here, so there is nothing to show."
     done = sum(row.completed for row in rows)
-    backends = len({row.label for row in rows})
+    backends = len({row.record.request.backend for row in rows})
     ended = "all" if done == len(rows) else done or "none"
     cpu = any(row.record.request.device == "cpu" for row in rows)
     return (
@@ -155,7 +155,7 @@ def _tiles(comparison: Comparison) -> list[Tile]:
     if comparison.groups:
         summaries = comparison.groups[0].summaries
         several = len(comparison.groups) > 1
-        of = (f"in the largest group of alike runs, {_count(len(summaries), 'backend')}",) if several else ()
+        of = ("in the largest group of alike runs",) if several else ()
         memory = _extreme(summaries, "peak_memory_bytes", ("Least memory", "Memory"), "GiB at the peak", gib)
         speed = _extreme(summaries, "tokens_per_second", ("Fastest", "Speed"), "tokens/s", number)
         tiles = [Tile(t.title, t.answer, (*t.details, *of)) for t in (memory, speed) if t]
@@ -186,7 +186,8 @@ def _extreme(
     if len(leaders) == len(known):
         return Tile(titles[1], names, (value, "nothing to compare it with" if len(known) == 1 else "equal"))
     following, runner_up = known[len(leaders)]
-    doubt = ", but the ranges overlap" if _overlap(best, following) else ""
+    overlap = best.low <= following.high and following.low <= best.high
+    doubt = ", but the ranges overlap" if overlap else ""
     return Tile(
         titles[0], names, (value, f"next: {_with_verdict(runner_up)}, {form(following.median)}{doubt}")
     )
@@ -196,10 +197,6 @@ def _with_verdict(summary: Summary) -> str:
     """A backend whose training broke is no choice, however small or fast: its name never stands alone."""
     verdict = summary.verdict.verdict
     return f"{summary.label} ({words(verdict)})" if verdict in BAD else summary.label
-
-
-def _overlap(one: Spread, other: Spread) -> bool:
-    return max(one.runs, other.runs) > 1 and one.low <= other.high and other.low <= one.high
 
 
 def _wrong(rows: Sequence[Row]) -> Tile:
@@ -217,7 +214,7 @@ def _fault(row: Row) -> str | None:
     if not row.completed:
         return outcome(row)
     if row.verdict.verdict in BAD:
-        return words(row.verdict.verdict)
+        return f"{words(row.verdict.verdict)}: {VERDICTS[row.verdict.verdict]}"
     if row.non_finite_steps:
         return f"{row.non_finite_steps} of {len(row.record.steps)} steps not finite"
     return None
@@ -310,7 +307,7 @@ def _environment_of(row: Row) -> Iterable[tuple[str, str]]:
         yield f"device {device.device}", ", ".join(detail for detail in details if detail)
     yield "allocator settings", environment.allocator_settings or "default"
     for name, value in environment.changed_variables.items():
-        yield f"{name}, as a library wanted it", value
+        yield f"{name}, as a library wanted it", "removed" if value is None else value
     imported = environment.quantization_libraries_imported
     yield "quantization libraries in memory", ", ".join(imported) or "none"
     yield "harness commit", environment.commit or "outside a checkout"

@@ -17,10 +17,10 @@ from bench.record.schema import Step
 from bench.show.columns import GIB, gib, number, words
 from bench.show.drawing import (
     INK,
-    LEGEND,
     Plot,
     Style,
     assign_styles,
+    box,
     finish,
     legend_below,
     name_lines,
@@ -48,9 +48,11 @@ KINDS = {
 
 def plots(comparison: Comparison) -> tuple[Plot, ...]:
     """Every figure that there is data for."""
-    styles = assign_styles([row.label for row in comparison.rows])
+    labels = [row.label for row in comparison.rows]
+    # A failed request must not take the backend's own style from one that completed.
+    styles = assign_styles([row.label for row in sorted(comparison.rows, key=lambda row: not row.completed)])
     # The repeats of one backend lie together.
-    rows = sorted(comparison.rows, key=lambda row: list(styles).index(row.label))
+    rows = sorted(comparison.rows, key=lambda row: labels.index(row.label))
     drawn = (
         _memory_by_phase(rows, styles),
         _bytes_by_kind(rows),
@@ -79,7 +81,7 @@ def _memory_by_phase(rows: Sequence[Row], styles: Styles) -> Plot | None:
         name_lines(axes, [_ended(row.label, row) for row in peaks])
         axes.set_xlabel("peak memory of the fullest device (GiB)")
         axes.set_xlim(0, 1.12 * max(max(found.values()) for found in peaks.values()) / GIB)
-        legend_below(figure, {words(phase): {"color": INK, "alpha": a} for phase, a in PHASES.items()})
+        legend_below(figure, {words(phase): box(color=INK, alpha=shade) for phase, shade in PHASES.items()})
         training = {
             _ended(row.label, row): max(reached)
             for row, found in peaks.items()
@@ -118,7 +120,7 @@ def _bytes_by_kind(rows: Sequence[Row]) -> Plot | None:
                     left += sizes[kind] / GIB
         name_lines(axes, list(shown))
         axes.set_xlabel("bytes of the tensors, all devices (GiB)")
-        legend_below(figure, {label: shading(shade, hatch) for label, shade, hatch in KINDS.values()})
+        legend_below(figure, {label: box(**shading(shade, hatch)) for label, shade, hatch in KINDS.values()})
         sums = {name: sum(sizes.values()) for name, sizes in shown.items()}
         text = "Exact tensor bytes by kind. " + _extremes(sums, gib, "GiB in all")
         return finish(figure, "bytes-by-kind", "What the tensors occupy", text)
@@ -244,7 +246,7 @@ def _curves(rows: Sequence[Row], styles: Styles, curve: _Curve) -> Plot | None:
         placed = [v for values in series.values() for v in values.values() if curve.has_place(v)]
         _frame_values(axes, placed, logarithmic=curve.logarithmic)
         axes.set_ylabel(curve.axis)
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, **LEGEND)
+        legend_below(figure, legend)
         return finish(figure, curve.name, curve.title, f"{curve.words}. {_ends(series)}")
 
 
