@@ -79,25 +79,26 @@ def build_model(
     _place_the_rest(model, weights, shapes, dtype, device)
     for done, (name, shape) in enumerate(shapes.items()):
         progress(done, len(shapes))
-        tensors = {suffix: weights.tensor(f"{name}.{suffix}") for suffix in _tensor_names(backend)}
-        if "weight" in tensors:
-            _check_shape(f"{name}.weight", tensors["weight"], (shape.out_features, shape.in_features))
-        bias_name = f"{name}.bias"
-        has_bias = model.get_submodule(name).bias is not None
-        layer = Layer(
-            name=name,
-            shape=shape,
-            dtype=dtype,
-            device=device,
-            tensors=tensors,
-            bias=weights.tensor(bias_name).to(device=device, dtype=dtype) if has_bias else None,
-        )
-        model.set_submodule(name, backend.linear(layer), strict=True)
+        # In a function of its own, so that a layer's dense weight is gone before the next one is read.
+        quantized = _quantize(name, shape, model, weights, backend, device)
+        model.set_submodule(name, quantized, strict=True)
     progress(len(shapes), len(shapes))
     model.requires_grad_(False)
     # Training mode throughout: in eval mode several kernels take paths without a backward.
     model.train()
     return BuiltModel(model, tuple(shapes))
+
+
+def _quantize(
+    name: str, shape: Shape, model: nn.Module, weights: Weights, backend: Backend, device: torch.device
+) -> nn.Module:
+    tensors = {suffix: weights.tensor(f"{name}.{suffix}") for suffix in _tensor_names(backend)}
+    if "weight" in tensors:
+        _check_shape(f"{name}.weight", tensors["weight"], (shape.out_features, shape.in_features))
+    dtype = DTYPES[backend.dtype]
+    has_bias = model.get_submodule(name).bias is not None
+    bias = weights.tensor(f"{name}.bias").to(device=device, dtype=dtype) if has_bias else None
+    return backend.linear(Layer(name, shape, tensors, bias, dtype, device))
 
 
 def unquantized_digest(built: BuiltModel) -> str:
