@@ -281,9 +281,9 @@ LITERALS = {"status", "stage", "phase", "dtype", "weights", "attention", "checkp
 def planted(text: str, **changes: Any) -> Record:
     """A record whose every free string, and every free key, holds ``text``."""
     body = json.loads(record("hqq", **changes).model_dump_json())
-    asked_device = body["request"]["device"]
+    literals = {name: body["request"][name] for name in ("device", "calibration")}
     body = _plant(body, text)
-    body["request"]["device"] = asked_device
+    body["request"] |= literals
     body["request"]["lora"]["target_modules"] = ["q_proj"]
     body["environment"]["versions"][text] = text
     body["environment"]["changed_variables"][text] = text

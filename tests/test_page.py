@@ -43,8 +43,8 @@ def test_the_headline_says_what_where_how_many_and_the_answers():
     text = headline(compare(eight_backends()))
     assert "8 short QLoRA runs with 8 backends on NVIDIA GeForce RTX 4090, real weights, all layers" in text
     assert ": all completed." in text
-    assert "Least memory: bnb-nf4-dq; 8.28 GiB at the peak; next: bnb-nf4, 8.61." in text
-    assert "Fastest: bf16; 2,412 tokens/s; next: bnb-nf4, 1,699." in text
+    assert "Lowest memory measured: bnb-nf4-dq; 8.28 GiB at the peak; next: bnb-nf4, 8.61." in text
+    assert "Highest speed measured: bf16; 2,412 tokens/s; next: bnb-nf4, 1,699." in text
     assert "What went wrong: Nothing; every run completed; every loss and gradient stayed finite." in text
     assert "CPU" not in text
     assert "overlap" not in text
@@ -59,7 +59,7 @@ def test_the_headline_names_what_went_wrong():
 def test_a_backend_whose_training_broke_never_leads_alone():
     broken = tuple(step(i, losses=(math.nan,), seconds=0.01) for i in range(8))
     text = headline(compare([record("bf16"), record("gptq", steps=broken)]))
-    assert "Fastest: gptq (non finite); 51,200 tokens/s; next: bf16" in text
+    assert "Highest speed measured: gptq (non finite); 51,200 tokens/s; next: bf16" in text
 
 
 def test_what_broke_on_synthetic_weights_went_wrong_too():

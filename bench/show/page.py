@@ -156,8 +156,12 @@ def _tiles(comparison: Comparison) -> list[Tile]:
         summaries = comparison.groups[0].summaries
         several = len(comparison.groups) > 1
         of = ("in the largest group of alike runs",) if several else ()
-        memory = _extreme(summaries, "peak_memory_bytes", ("Least memory", "Memory"), "GiB at the peak", gib)
-        speed = _extreme(summaries, "tokens_per_second", ("Fastest", "Speed"), "tokens/s", number)
+        memory = _extreme(
+            summaries, "peak_memory_bytes", ("Lowest memory measured", "Memory"), "GiB at the peak", gib
+        )
+        speed = _extreme(
+            summaries, "tokens_per_second", ("Highest speed measured", "Speed"), "tokens/s", number
+        )
         tiles = [Tile(t.title, t.answer, (*t.details, *of)) for t in (memory, speed) if t]
     if comparison.rows:
         tiles.append(_wrong(comparison.rows))
