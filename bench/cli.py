@@ -10,22 +10,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bench.errors import BadValue, UserError, unknown
+from bench.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from bench.ask.experiment import Experiment
-    from bench.load.registry import Entry
     from bench.record.schema import Record
     from bench.run.sweep import Sweep
 
 EXIT_FAILED_RUNS = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-DEFAULT_OUT = Path("results/local")
 
 
 class _Group(click.Group):
@@ -80,26 +77,28 @@ def cli() -> None:
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help=f"Folder of records and report.  [default: {DEFAULT_OUT}/PRESET]",
+    help="Folder of records and report.  [default: results/local/PRESET]",
 )
 @click.option("--download", is_flag=True, help="Agree to fetch the model from the Hub if it is not here.")
 @click.option("--force", is_flag=True, help="Repeat runs that are recorded already.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors and the report's path.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
-def run(**options: Any) -> None:
+def run(dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
     from rich.console import Console
 
+    from bench.record.store import read_record
+    from bench.run.arrange import Asked, arrange
     from bench.run.sweep import run_sweep
     from bench.show.progress import Display
 
-    quiet = options["quiet"] or options["as_json"]
-    console = Console(stderr=options["as_json"], quiet=quiet)
-    sweep, headline = _prepare_sweep(options)
-    console.print(headline, markup=False, highlight=False, soft_wrap=True)
-    if options["dry_run"]:
-        _print_plan(sweep, as_json=options["as_json"])
+    console = Console(stderr=as_json, quiet=quiet or as_json)
+    arranged = arrange(Asked(**flags))
+    sweep = arranged.sweep
+    console.print(arranged.headline, markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        _print_plan(sweep, as_json=as_json)
         return
     sweep.store.open_for_writing()
     try:
@@ -109,12 +108,9 @@ def run(**options: Any) -> None:
     except KeyboardInterrupt:
         click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    records = [
-        record
-        for record in sweep.store.records()
-        if record.key in {request.key for request in sweep.requests}
-    ]
-    _show(records, sweep.store.folder, as_json=options["as_json"], quiet=options["quiet"])
+    paths = [sweep.store.path(request.key) for request in sweep.requests]
+    records = [read_record(path) for path in paths]
+    _show(records, sweep.store.folder, as_json=as_json, quiet=quiet)
     if any(record.status != "completed" for record in records):
         sys.exit(EXIT_FAILED_RUNS)
 
@@ -158,13 +154,14 @@ def check(name: str, as_json: bool) -> None:
     import tempfile
 
     from bench.load.registry import get_backend
-    from bench.run.conformance import findings, flags
+    from bench.run.arrange import arrange
+    from bench.run.conformance import asked_for, findings
     from bench.run.sweep import run_sweep
     from bench.show.progress import Silent
 
     entry = get_backend(name)
     with tempfile.TemporaryDirectory(prefix="qlora-bench-check-") as scratch:
-        sweep, _ = _prepare_sweep({**flags(name), "out": Path(scratch)})
+        sweep = arrange(asked_for(name, Path(scratch))).sweep
         records = {record.request.backend: record for record in run_sweep(sweep, Silent())}
     found = findings(records[entry.id], next(iter(records.values())))
     if as_json:
@@ -228,111 +225,6 @@ def main() -> NoReturn:
         sys.stderr.close()
         sys.exit(EXIT_FAILED_RUNS)
     sys.exit(0)
-
-
-def _prepare_sweep(options: dict[str, Any]) -> tuple[Sweep, str]:
-    """Everything of ``run`` that can fail because of what was asked, before anything is written."""
-    from bench.ask.conversations import file_digest, read_conversations
-    from bench.ask.models import resolve_model
-    from bench.ask.packing import CALIBRATIONS, decide_calibration
-    from bench.ask.plan import plan
-    from bench.load.contract import PackedBackend
-    from bench.load.registry import find_backends
-    from bench.probe.machine import cuda_devices, usable_cores
-    from bench.record.store import Store
-    from bench.run.sweep import Sweep
-
-    if options["calibration"] not in CALIBRATIONS:
-        raise unknown("calibration", options["calibration"], CALIBRATIONS)
-    entries = find_backends()
-    experiment, preset_model, why = _experiment(options, entries)
-    backend_options = {
-        name: entries[name].options(experiment.options.get(name, {})).model_dump(mode="json")
-        for name in experiment.backends
-    }
-    digest = None
-    if experiment.workload.data is not None:
-        read_conversations(Path(experiment.workload.data))
-        digest = file_digest(Path(experiment.workload.data))
-    model = resolve_model(experiment, preset_model=preset_model, download=options["download"])
-    device = _device(experiment.device, has_cuda=bool(cuda_devices()))
-    method, calibration_note = decide_calibration(model.request, options["calibration"])
-    packed = {name for name in experiment.backends if issubclass(entries[name].backend, PackedBackend)}
-    requests = plan(
-        experiment,
-        model.request,
-        device=device,
-        cpu_threads=experiment.cpu_threads or usable_cores(),
-        options=backend_options,
-        data_digest=digest,
-        calibrations={name: method if name in packed else None for name in experiment.backends},
-        libraries={name: entries[name].backend.requires for name in experiment.backends},
-    )
-    out = options["out"] or DEFAULT_OUT / Path(experiment.preset).stem
-    note = f" ({model.request.note})" if model.request.note else ""
-    headline = (
-        f"preset {experiment.preset}{why}: {model.request.name}, {model.request.weights} weights{note}, "
-        f"on {device}; {len(requests)} runs of {experiment.workload.steps} steps"
-    )
-    return Sweep(requests, model, entries, Store(out), calibration_note, options["force"]), headline
-
-
-def _experiment(options: dict[str, Any], entries: dict[str, Entry]) -> tuple[Experiment, str | None, str]:
-    """The validated experiment, the preset's own model name, and why the preset was chosen."""
-    from bench.ask.experiment import build_experiment, parse_setting
-    from bench.ask.preset import AUTOMATIC, choose_preset, load_preset
-    from bench.probe.machine import cuda_devices
-
-    name, why = options["preset"], ""
-    if name == AUTOMATIC:
-        memory = max((card.total_memory_bytes or 0 for card in cuda_devices()), default=None)
-        name, reason = choose_preset(memory)
-        why = f" (chosen: {reason})"
-    preset = load_preset(name)
-    values: dict[str, Any] = {
-        **preset.experiment_values,
-        "preset": name,
-        "architecture": preset.architecture,
-        "backends": _backend_ids(options["backends"], entries),
-    }
-    for flag in ("dtype", "device", "model", "weights", "layers", "repeats", "seed", "timeout_seconds"):
-        if options[flag] is not None:
-            values[flag] = options[flag]
-    for flag, key in (("steps", "steps"), ("data", "data")):
-        if options[flag] is not None:
-            _put(values, ("workload", key), options[flag])
-    for text in options["settings"]:
-        path, value = parse_setting(text, entries)
-        _put(values, path, value)
-    return build_experiment(values), preset.model, why
-
-
-def _backend_ids(asked: Sequence[str], entries: dict[str, Entry]) -> list[str]:
-    names = [name for text in asked for name in text.split(",") if name] or ["all"]
-    chosen: list[str] = []
-    for name in names:
-        if name != "all" and name not in entries:
-            raise unknown("backend", name, [*entries, "all"])
-        chosen += [n for n in (entries if name == "all" else [name]) if n not in chosen]
-    return chosen
-
-
-def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set a nested value without changing dictionaries that belong to somebody else."""
-    *groups, last = path
-    for group in groups:
-        inner = values.get(group) or {}
-        if not isinstance(inner, dict):
-            raise BadValue(f"'{group}' is not a table")
-        values[group] = dict(inner)
-        values = values[group]
-    values[last] = value
-
-
-def _device(asked: str, *, has_cuda: bool) -> Literal["cpu", "cuda"]:
-    if asked == "cuda" and not has_cuda:
-        raise BadValue("--device cuda: no CUDA device was found", "use --device cpu")
-    return "cuda" if has_cuda and asked != "cpu" else "cpu"
 
 
 def _print_plan(sweep: Sweep, *, as_json: bool) -> None:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 """Room -> the rooms it may import besides itself. `cli` and `show` read the flow from its end."""
 QUANTIZATION_LIBRARIES = {"bitsandbytes", "hqq", "gptqmodel", "eetq", "optimum", "torchao", "kernels"}
-PARENT_SIDE = ("bench.cli", "bench.run.launch", "bench.run.sweep", "bench.run.conformance", "bench.show.report",
+PARENT_SIDE = ("bench.cli", "bench.run.arrange", "bench.run.launch", "bench.run.sweep", "bench.run.conformance", "bench.show.report",
                "bench.show.progress", "bench.judge.comparison", "bench.record.store", "bench.load.registry",
                "bench.ask.plan", "bench.ask.packing", "bench.ask.conversations", "bench.probe.machine")  # fmt: skip
 

@@ -19,6 +19,6 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     return get_total_norm(gradients)
 
 
-def all_finite(parameters: Iterable[torch.nn.Parameter]) -> bool:
+def all_finite(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether every value of every tensor is finite. Detached: a probe must not touch autograd."""
     return all(bool(torch.isfinite(parameter.detach()).all()) for parameter in parameters)

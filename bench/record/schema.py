@@ -204,7 +204,10 @@ class Proof(Recorded):
     """Storage bits per weight of every layer within 1 % of the arithmetic."""
     base_frozen: bool | None = None
     gradients_reach_adapters: bool | None = None
-    """After one backward every LoRA B gradient is finite and non-zero (A is zero while B is)."""
+    """After the first backward every adapter tensor has a gradient, and no B's is zero everywhere (A's is
+    zero while B is)."""
+    first_gradients_finite: bool | None = None
+    """Whether those gradients are finite. Not a breach where they are not: it is the run's result."""
     breaches: tuple[str, ...] = ()
 
 

@@ -7,11 +7,12 @@ compare the two records.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench.load.registry import PROBED_BY_PEFT, find_backends
 from bench.record.schema import Record
+from bench.run.arrange import Asked
 
 REFERENCE = "bf16"
 PRESET = "tiny"
@@ -81,23 +82,14 @@ def _equal(name: str, digest: str | None, reference: str | None) -> Finding:
     )
 
 
-def flags(backend: str) -> Mapping[str, object]:
-    """The ``run`` options under which a backend is checked."""
-    return {
-        "preset": PRESET,
-        "backends": tuple(dict.fromkeys((REFERENCE, backend))),
-        "weights": "synthetic",
-        "device": "auto",
-        "settings": (),
-        "calibration": "rtn",
-        "download": False,
-        "force": True,
-        "timeout_seconds": 300.0,
-        "dtype": None,
-        "model": None,
-        "layers": None,
-        "steps": None,
-        "repeats": None,
-        "seed": None,
-        "data": None,
-    }
+def asked_for(backend: str, out: Path) -> Asked:
+    """The sweep under which a backend is checked: the reference and it, on the toy."""
+    return Asked(
+        preset=PRESET,
+        backends=tuple(dict.fromkeys((REFERENCE, backend))),
+        weights="synthetic",
+        calibration="rtn",
+        timeout_seconds=300.0,
+        out=out,
+        force=True,
+    )
