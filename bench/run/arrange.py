@@ -62,7 +62,6 @@ def arrange(asked: Asked) -> Arranged:
 
     Raises UserError for all that is wrong with it.
     """
-
     calibration = next((name for name in CALIBRATIONS if name == asked.calibration), None)
     if calibration is None:
         raise unknown("calibration", asked.calibration, CALIBRATIONS)
@@ -101,10 +100,9 @@ def arrange(asked: Asked) -> Arranged:
 
 def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, str | None, str]:
     """The validated experiment, the preset's own model name, and why the preset was chosen."""
-
     name, why = asked.preset, ""
     if name == AUTOMATIC:
-        memory = max((card.total_memory_bytes or 0 for card in cuda_devices()), default=None)
+        memory = max((c.total_memory_bytes for c in cuda_devices() if c.total_memory_bytes), default=None)
         name, reason = choose_preset(memory)
         why = f" (chosen: {reason})"
     preset = load_preset(name)
