@@ -7,6 +7,8 @@ Linux lets a process reset for itself, so that each phase has a peak of its own.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -71,6 +73,19 @@ class MemoryProbe:
             nvml_used_bytes=_nvml_used_bytes(device),
             resident_bytes=resident_bytes(),
         )
+
+
+def release_unused(devices: Sequence[torch.device]) -> None:
+    """Give memory that nothing uses back to the system: cycles, CUDA's cached blocks, glibc's free heap.
+
+    Called once after the load. What a loader's temporaries left in an allocator would otherwise count in
+    every later phase: on a CPU that was up to 1.2 GB for HQQ, and ranked backends by their loaders' habits.
+    """
+    gc.collect()
+    if any(device.type == "cuda" for device in devices):
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to trim
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes() -> int:

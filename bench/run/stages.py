@@ -130,6 +130,7 @@ class Run:
     ) -> tuple[Backend, BuiltModel, dict[str, Any], dict[str, Any]]:
         from bench.load.model import build_model, linear_shapes, unquantized_digest
         from bench.probe.clock import now
+        from bench.probe.memory import release_unused
 
         began = now([device])
         backend, model, weights = self._open(self.order.packed_folder or self.order.model_folder)
@@ -140,6 +141,7 @@ class Run:
             built = build_model(model, weights, backend, device, self._layer_progress)
         seconds = now([device]) - began
         host_peak = probe.process_peak_bytes()
+        release_unused([device])
         self.channel.send("readings", readings=probe.read("loaded"))
         facts = {
             "import_seconds": import_seconds,
