@@ -29,7 +29,7 @@ from bench.load.weights import CheckpointWeights, SyntheticWeights
 from bench.probe.machine import usable_cores
 from bench.run.isolation import apply_settings, hide_packages
 from bench.run.training import Trainer, avoid_unsound_attention, enable_checkpointing, make_trainer, one_step
-from bench.run.workload import IGNORED_LABEL, WorkloadReader, encoder_for
+from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader, encoder_for
 
 WARMUP_PAIRS = 2
 
@@ -70,17 +70,22 @@ def measure(trainer: Trainer, bare: Callable[[], None], pairs: int) -> list[floa
 
 def bare_step(trainer: Trainer, reader: WorkloadReader) -> None:
     """One training step as it would be written by hand."""
-    batch = reader.next_batch()
-    with torch.autocast("cpu", trainer.dtype):
-        logits = trainer.adapters.model(input_ids=batch.input_ids).logits
-    loss = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
-    )
+    loss = _bare_loss(trainer, reader.next_batch())
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(trainer.parameters, trainer.request.optimizer.max_gradient_norm or 1.0)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     loss.item()
+
+
+def _bare_loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    # In a function, so that the logits are not held by a name through the backward, which
+    # would slow the bare loop down.
+    with torch.autocast("cpu", trainer.dtype):
+        logits = trainer.adapters.model(input_ids=batch.input_ids).logits
+    return nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
+    )
 
 
 def _trainer(preset_name: str, backend_id: str) -> tuple[Trainer, WorkloadReader]:
