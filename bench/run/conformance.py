@@ -18,7 +18,7 @@ REFERENCE = "bf16"
 PRESET = "tiny"
 LOSS_TOLERANCE = 0.02
 """Relative difference of the first loss to the reference's. Measured on the toy: at most 0.4 % for every
-backend of ours; a layer whose output is nonsense moves it by more than 5 %."""
+backend of ours (GPTQ's rounding), so 2 % leaves room for coarser formats."""
 
 
 @dataclass(frozen=True)
