@@ -79,7 +79,8 @@ def release_unused(devices: Sequence[torch.device]) -> None:
     """Give memory that nothing uses back to the system: cycles, CUDA's cached blocks, glibc's free heap.
 
     Called once after the load. What a loader's temporaries left in an allocator would otherwise count in
-    every later phase: on a CPU that was 1.1 GB for HQQ on the proxy, and ranked backends by their loaders' habits.
+    every later phase: on a CPU that was 1.1 GB for HQQ on
+    the proxy, and ranked backends by their loaders' habits.
     """
     gc.collect()
     if any(device.type == "cuda" for device in devices):
