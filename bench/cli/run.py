@@ -1,0 +1,120 @@
+"""``qlora-bench run``, and the options that every command which runs something shares with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.reports import show
+
+if TYPE_CHECKING:
+    from bench.run.sweep import Sweep
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE", help="What to run on."),
+    click.option(
+        "--backend", "backends", multiple=True, metavar="ID", help="A backend (repeatable), or 'all'."
+    ),
+    click.option("--dtype", metavar="DTYPE", help="Compute dtype: bfloat16, float16 or float32."),
+    click.option("--device", metavar="DEVICE", help="auto, cpu or cuda."),
+    click.option("--model", metavar="SRC", help="A Hub id or a folder, instead of the preset's model."),
+    click.option("--weights", metavar="KIND", help="auto (real where on this disk), real or synthetic."),
+    click.option("--layers", type=int, metavar="N", help="Keep only the first N decoder layers."),
+    click.option("--steps", type=int, metavar="N", help="Optimizer steps of each run."),
+    click.option("--repeats", type=int, metavar="N", help="Runs of each backend, with paired seeds."),
+    click.option("--seed", type=int, metavar="N", help="Seed of the first repeat."),
+    click.option("--data", type=click.Path(dir_okay=False), metavar="FILE", help="JSONL training text."),
+    click.option(
+        "--calibration",
+        default="auto",
+        show_default=True,
+        metavar="HOW",
+        help="How GPTQ and AWQ checkpoints are made: auto, rtn or calibrated.",
+    ),
+    click.option("--timeout-seconds", type=float, metavar="N", help="Limit of each run."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any other setting, such as lora.rank=16 or hqq.group_size=128 (repeatable).",
+    ),
+    click.option(
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Folder of records and report.  [default: results/local/PRESET]",
+    ),
+    click.option("--download", is_flag=True, help="Agree to fetch the model from the Hub if it is not here."),
+    click.option("--force", is_flag=True, help="Repeat runs that are recorded already."),
+)
+"""What says which runs are meant."""
+
+
+def run_options(function: Function) -> Function:
+    """Give a command the options that say which runs are meant, in the order in which they stand above."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+@click.command()
+@run_options
+@click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors and the report's path.")
+@click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
+def run(dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
+    """Benchmark backends: load, prove, train a few identical steps, record, report."""
+    from rich.console import Console
+
+    from bench.record.store import read_record
+    from bench.run.arrange import Asked, arrange
+    from bench.run.sweep import run_sweep
+    from bench.show.progress import Display
+
+    console = Console(stderr=as_json, quiet=quiet or as_json)
+    arranged = arrange(Asked(**flags))
+    sweep = arranged.sweep
+    console.print(arranged.headline, markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        _print_plan(sweep, as_json=as_json)
+        return
+    sweep.store.open_for_writing()
+    try:
+        with Display(console) as display:
+            for _ in run_sweep(sweep, display):
+                pass
+    except KeyboardInterrupt:
+        click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    paths = [sweep.store.path(request.key) for request in sweep.requests]
+    records = [read_record(path) for path in paths]
+    show(records, sweep.store.folder, as_json=as_json, quiet=quiet)
+    if any(record.status != "completed" for record in records):
+        sys.exit(EXIT_FAILED_RUNS)
+
+
+def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
+    waiting = {request.key for request in sweep.waiting()}
+    if as_json:
+        click.echo(json.dumps([request.model_dump(mode="json") for request in sweep.requests], indent=1))
+        return
+    for request in sweep.requests:
+        entry = sweep.entries[request.backend]
+        state = (
+            "recorded already"
+            if request.key not in waiting
+            else f"unavailable: {entry.install_line}"
+            if entry.missing
+            else "to run"
+        )
+        click.echo(f"{request.key}  seed {request.seed}  {state}")
+        click.echo(f"  {request.command}")
