@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bench.errors import BadValue, nearest
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Attention = Literal["sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "eager"]
+"""``sdpa``: torch chooses the kernel of its scaled dot product; ``sdpa_*``: that one; ``eager``: unfused."""
 TARGET_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Named, never "all-linear": PEFT's "all-linear" finds nothing under HQQ, whose layer is no nn.Linear."""
 
@@ -34,8 +36,12 @@ class Workload(Frozen):
     steps: Annotated[int, Field(ge=1, le=100_000)] = 8
     warmup_steps: Annotated[int, Field(ge=0)] = 2
     """Leading steps that are recorded, marked, and left out of the timing statistics."""
-    padding: Literal["packed", "right"] = "packed"
-    """``packed``: rows filled with whole conversations end to end; ``right``: one conversation a row."""
+    padding: Literal["packed", "right", "left"] = "packed"
+    """``packed``: rows filled with whole conversations end to end; else one conversation a row, padded on
+    that side."""
+    without_targets: Literal["skip", "train"] = "skip"
+    """Micro-batches that hold no answer token: passed over and counted, or trained on as they are (their
+    mean loss is NaN; common trainers do that)."""
     data: str | None = None
     """A JSONL file of prompt/response or messages; None: the generated instruction set."""
 
@@ -47,11 +53,14 @@ class Workload(Frozen):
 
 
 class Lora(Frozen):
-    """The adapters, the same for every backend. Weights are kept in float32."""
+    """The adapters, the same for every backend."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     target_modules: tuple[str, ...] = TARGET_PROJECTIONS
+    precision: Literal["autocast", "float32", "compute"] = "autocast"
+    """``autocast``: weights in float32, products in the compute dtype; ``float32``: both in float32;
+    ``compute``: both in the compute dtype."""
 
     @model_validator(mode="after")
     def _known_targets(self) -> Lora:
@@ -93,11 +102,18 @@ class Experiment(Frozen):
     """Backend id -> its options, checked by the adapter."""
     dtype: Dtype = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Attention = "sdpa"
     checkpointing: Literal["non_reentrant", "reentrant", "none"] = "non_reentrant"
     workload: Workload = Workload()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
+    stress: Mapping[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Module name or glob -> factor: the layer is multiplied by it and its partner divided by it, so that
+    the function stays the same and the numbers on the way do not (``bench.ask.stress``)."""
+    trace: bool = False
+    """Watch every linear, norm and attention of every step, instead of the places of the always-on probe."""
+    fidelity: Literal["auto", "on", "off"] = "auto"
+    """Compare the gradient with an unquantized reference's after the training; auto: for real weights."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
     timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0
@@ -109,7 +125,7 @@ SETTABLE = {
     **{f"workload.{name}": None for name in Workload.model_fields},
     **{f"lora.{name}": None for name in Lora.model_fields},
     **{f"optimizer.{name}": None for name in Optimizer.model_fields},
-    **dict.fromkeys(("attention", "checkpointing", "device", "cpu_threads", "timeout_seconds")),
+    **dict.fromkeys(("attention", "checkpointing", "device", "cpu_threads", "timeout_seconds", "fidelity")),
 }
 """Keys that ``--set`` takes, besides ``BACKEND.OPTION``."""
 

@@ -15,10 +15,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bench.ask.experiment import Dtype, Experiment, Frozen, Lora, Optimizer, Workload
+from bench.ask.experiment import Attention, Dtype, Experiment, Frozen, Lora, Optimizer, Workload
 from bench.ask.preset import load_preset
 from bench.errors import UserError
 
+LATER_FIELDS = (
+    "stress",
+    "trace",
+    "fidelity",
+    "lora.precision",
+    "workload.without_targets",
+)
+"""Fields that requests did not have at first. At their default they are left out of the key, so that a
+record made before stays the record of its run."""
 HARNESS_LIBRARIES = ("qlora-bench", "torch", "transformers", "peft", "accelerate")
 
 
@@ -48,13 +57,16 @@ class RunRequest(Frozen):
     """How the packed checkpoint is made, or that it is read as published; None: quantized on load."""
     dtype: Dtype
     device: Literal["cpu", "cuda"]
-    attention: Literal["sdpa", "eager"]
+    attention: Attention
     checkpointing: Literal["non_reentrant", "reentrant", "none"]
     workload: Workload
     data_digest: str | None = None
     """SHA-256 of the ``workload.data`` file, None for the generated set."""
     lora: Lora
     optimizer: Optimizer
+    stress: Mapping[str, float] = Field(default_factory=dict)
+    trace: bool = False
+    fidelity: bool = False
     seed: int
     repeat: Annotated[int, Field(ge=0)]
     timeout_seconds: float
@@ -69,6 +81,8 @@ class RunRequest(Frozen):
         body = self.model_dump(
             mode="json", exclude={"timeout_seconds": True, "preset": True, "model": {"note"}}
         )
+        for path in LATER_FIELDS:
+            _drop_default(body, path.split("."), self)
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         return f"{self.backend}-{self.dtype}-r{self.repeat}-{digest[:10]}"
 
@@ -110,6 +124,10 @@ def plan(
             data_digest=data_digest,
             lora=experiment.lora,
             optimizer=experiment.optimizer,
+            stress=experiment.stress,
+            trace=experiment.trace,
+            fidelity=experiment.fidelity == "on"
+            or (experiment.fidelity == "auto" and model.weights == "real"),
             seed=experiment.seed + repeat,
             repeat=repeat,
             timeout_seconds=experiment.timeout_seconds,
@@ -133,6 +151,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _drop_default(body: dict[str, Any], path: Sequence[str], request: RunRequest) -> None:
+    *groups, last = path
+    kind: Any = type(request)
+    for group in groups:
+        body, kind = body[group], kind.model_fields[group].annotation
+    if body[last] == kind.model_fields[last].get_default(call_default_factory=True):
+        del body[last]
+
+
 def _flags(request: RunRequest) -> list[str]:
     """Flags that plan ``request`` again: what the command line has a flag for, and as ``--set`` whatever
     differs from what the preset gives by itself."""
@@ -151,7 +178,12 @@ def _flags(request: RunRequest) -> list[str]:
     settings = {f"{request.backend}.{name}": value for name, value in request.options.items()}
     asked, given = _settable(request), _settable(_experiment_of_preset(request.preset))
     settings |= {name: value for name, value in asked.items() if name not in given or value != given[name]}
+    settings["fidelity"] = "on" if request.fidelity else "off"
     spelt = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    for pattern, factor in request.stress.items():
+        spelt += ["--stress", f"{pattern}={factor:.17g}"]
+    if request.trace:
+        spelt.append("--trace")
     for name, value in settings.items():
         spelt += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return spelt

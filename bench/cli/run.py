@@ -41,6 +41,13 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--timeout-seconds", type=float, metavar="N", help="Limit of each run."),
     click.option(
+        "--stress",
+        multiple=True,
+        metavar="MODULE=FACTOR",
+        help="Rescale a layer against its partner; the function stays the same (repeatable, globs).",
+    ),
+    click.option("--trace", is_flag=True, help="Watch every linear, norm and attention of every step."),
+    click.option(
         "--set",
         "settings",
         multiple=True,

@@ -5,32 +5,24 @@ each step are kept and statistics are derived, never stored. A value that was no
 a number that is not finite is the string "NaN", "Infinity" or "-Infinity".
 
 Schema history
-    1   first version
+    1   first version; fields added since have a null or empty default, which older records get:
+        the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, Final, Literal
 
 from bench.ask.plan import RunRequest
+from bench.record.recorded import Bytes, Recorded, Seconds
+from bench.record.stability import Fidelity, FirstFailure, Replay, StepProbe, StressedPair
 
 SCHEMA_VERSION: Final = 1
 
 Status = Literal["completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted"]
 Stage = Literal["launch", "prepare", "load", "attach", "train", "save"]
 Phase = Literal["loaded", "attached", "forward", "backward", "optimizer_step"]
-
-Bytes = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
-
-
-class Recorded(BaseModel):
-    """Base of all recorded values: immutable, complete, non-finite numbers as strings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Device(Recorded):
@@ -114,6 +106,8 @@ class LoraFacts(Recorded):
 
     parameters: int
     tensors: int
+    names: tuple[str, ...] = ()
+    """Of every tensor, in the order in which the steps' probes tell of them."""
     dtype: str
     initial_digest: str
     """SHA-256 over names and float32 values of all initial LoRA tensors."""
@@ -195,6 +189,8 @@ class Step(Recorded):
     peak_reserved_bytes: Bytes | None = None
     """CUDA: highest over the devices, since the step began."""
     resident_bytes: Bytes | None = None
+    probe: StepProbe | None = None
+    """Null in records made before there was one."""
 
 
 class Proof(Recorded):
@@ -208,6 +204,10 @@ class Proof(Recorded):
     zero while B is)."""
     first_gradients_finite: bool | None = None
     """Whether those gradients are finite. Not a breach where they are not: it is the run's result."""
+    weights_finite: bool | None = None
+    """Whether every frozen weight, scale and table was finite as loaded. Not a breach where one was not."""
+    non_finite_weights: tuple[str, ...] = ()
+    """Those that were not: module, tensor and number of values, one sentence each."""
     breaches: tuple[str, ...] = ()
 
 
@@ -239,3 +239,8 @@ class Record(Recorded):
     steps: tuple[Step, ...] = ()
     trainable_weights_finite: bool | None = None
     """After the last step."""
+    first_failure: FirstFailure | None = None
+    replay: Replay | None = None
+    fidelity: Fidelity | None = None
+    stress: tuple[StressedPair, ...] = ()
+    """The pairs that ``--stress`` rescaled."""

@@ -16,6 +16,7 @@ from bench.ask.models import resolve_model
 from bench.ask.packing import CALIBRATIONS, decide_calibration
 from bench.ask.plan import plan
 from bench.ask.preset import AUTOMATIC, choose_preset, load_preset
+from bench.ask.stress import parse_stress, resolve_stress
 from bench.errors import BadValue, unknown
 from bench.load.contract import PackedBackend
 from bench.load.registry import Entry, find_backends
@@ -43,6 +44,8 @@ class Asked:
     data: str | None = None
     calibration: str = "auto"
     timeout_seconds: float | None = None
+    stress: tuple[str, ...] = ()
+    trace: bool = False
     settings: tuple[str, ...] = ()
     out: Path | None = None
     download: bool = False
@@ -76,6 +79,7 @@ def arrange(asked: Asked) -> Arranged:
         read_conversations(Path(experiment.workload.data))
         digest = file_digest(Path(experiment.workload.data))
     model = resolve_model(experiment, preset_model=preset_model, download=asked.download)
+    resolve_stress(experiment.stress, model.request.architecture, model.request.layers)
     device = _device(experiment.device, has_cuda=bool(cuda_devices()))
     method, calibration_note = decide_calibration(model.request, calibration)
     packed = {name for name in experiment.backends if issubclass(entries[name].backend, PackedBackend)}
@@ -118,6 +122,7 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, st
     for flag in ("steps", "data"):
         if getattr(asked, flag) is not None:
             _put(values, ("workload", flag), getattr(asked, flag))
+    values["stress"], values["trace"] = parse_stress(asked.stress), asked.trace
     for text in asked.settings:
         path, value = parse_setting(text, entries)
         _put(values, path, value)
