@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from bench.ask.experiment import Lora
+from bench.ask.stress import Pair
+from bench.load.stress import scale_adapters
 from bench.load.weights import seed_of
 
 ADAPTER = "default"
@@ -32,10 +35,13 @@ class Adapters:
     shapes_digest: str
 
 
-def attach(model: nn.Module, lora: Lora, seed: int) -> Adapters:
+def attach(
+    model: nn.Module, lora: Lora, seed: int, dtype: torch.dtype = torch.float32, pairs: Sequence[Pair] = ()
+) -> Adapters:
     """Put LoRA on the named projections: A uniform as PEFT draws it (Kaiming, a = sqrt(5)), B zero.
 
-    Raises ValueError where a projection was not found or a layer type takes no adapter.
+    ``dtype``: the compute dtype, which ``lora.precision`` refers to. ``pairs``: layers that ``--stress``
+    rescaled. Raises ValueError where a projection was not found or a layer type takes no adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -57,9 +63,47 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> Adapters:
         for name, parameter in tensors.items():
             parameter.data = initial_values(name, parameter.shape, seed).to(parameter.device)
             parameter.requires_grad_(True)
-    return Adapters(
+    attached = Adapters(
         wrapped, tensors, initial_digest=tensors_digest(tensors), shapes_digest=_shapes_digest(tensors)
     )
+    scale_adapters(wrapped, pairs, ADAPTER)
+    if lora.precision == "compute":
+        for parameter in tensors.values():
+            parameter.data = parameter.data.to(dtype)
+    elif lora.precision == "float32":
+        compute_in_float32(wrapped, dtype)
+    return attached
+
+
+class Float32Linear(nn.Linear):
+    """A and B of an adapter, multiplied in float32 whatever autocast says."""
+
+    output_dtype: torch.dtype | None = None
+    """B hands its product back in the compute dtype, so that nothing else of the model changes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``(..., in)`` -> ``(..., out)``."""
+        with torch.autocast(input.device.type, enabled=False):
+            product = nn.functional.linear(input.float(), self.weight.float())
+        return product if self.output_dtype is None else product.to(self.output_dtype)
+
+
+def compute_in_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every adapter's products float32; parameters stay the same objects, in float32."""
+    for name, module in model.named_modules():
+        if name.endswith((f".lora_A.{ADAPTER}", f".lora_B.{ADAPTER}")):
+            module.weight.data = module.weight.data.float()
+            # The class alone is changed: a new module would leave the optimizer with the old parameters.
+            module.__class__ = Float32Linear
+            module.output_dtype = dtype if ".lora_B." in name else None
+
+
+def compute_in_autocast(model: nn.Module) -> None:
+    """Undo `compute_in_float32`."""
+    for module in model.modules():
+        if type(module) is Float32Linear:
+            plain: Any = module
+            plain.__class__ = nn.Linear
 
 
 def initial_values(name: str, shape: torch.Size, seed: int) -> torch.Tensor:

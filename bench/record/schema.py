@@ -126,7 +126,8 @@ class WorkloadFacts(Recorded):
     """Non-padding tokens consumed."""
     loss_tokens: int
     batches_without_targets: int
-    """Micro-batches passed over because they held no answer token."""
+    """Micro-batches that held no answer token: passed over, or trained on with ``workload.without_targets``
+    "train"."""
     attention: str
     autocast_dtype: str | None
 

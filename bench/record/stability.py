@@ -32,7 +32,7 @@ FailurePhase = Literal["forward", "backward", "optimizer"]
 class StepProbe(Recorded):
     """What the probe saw in one step. Layers stand in their order, tensors in that of `LoraFacts.names`."""
 
-    activation_abs_max: tuple[float, ...]
+    activation_abs_max: tuple[float | None, ...]
     """Per decoder layer, forward, over all micro-batches: the largest absolute value among the layer's
     output, the outputs of its linear projections, and what enters o_proj and down_proj."""
     gradient_abs_max: tuple[float | None, ...]
@@ -157,6 +157,7 @@ class StressedPair(Recorded):
     scaled: str
     compensated: str
     factor: float
-    float32_difference: float
-    """Largest relative difference, in float32, of what the pair's block computes on random input with and
-    without the factor: the proof that the function is the same."""
+    float32_difference: float | None
+    """Largest difference, in float32, of what the pair's decoder layer computes on random input with and
+    without the factor, relative to the largest value that it adds: the proof that the function is the same.
+    Null: the checkpoint is published quantized, and there are no dense weights to prove it on."""

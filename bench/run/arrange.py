@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.models import resolve_model
@@ -99,7 +101,23 @@ def arrange(asked: Asked) -> Arranged:
         f"preset {experiment.preset}{why}: {model.request.name}, {model.request.weights} weights{note}, "
         f"on {device}; {len(requests)} runs of {experiment.workload.steps} steps"
     )
-    return Arranged(Sweep(requests, model, entries, Store(out), calibration_note, asked.force), headline)
+    sweep = Sweep(
+        requests,
+        model,
+        entries,
+        Store(out),
+        memory_bytes=_memory_bytes(device),
+        calibration_note=calibration_note,
+        force=asked.force,
+    )
+    return Arranged(sweep, headline)
+
+
+def _memory_bytes(device: str) -> int | None:
+    """Of the largest card, or of the machine."""
+    if device == "cuda":
+        return max((card.total_memory_bytes or 0 for card in cuda_devices()), default=0) or None
+    return int(psutil.virtual_memory().total)
 
 
 def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, str | None, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -29,7 +30,7 @@ class Channel:
         """Say which stage begins."""
         self.send("stage", name=name)
 
-    def section(self, name: str, value: BaseModel | bool) -> None:
+    def section(self, name: str, value: BaseModel | Sequence[BaseModel] | bool) -> None:
         """Deliver a finished part of the record."""
         self.send("section", name=name, value=value)
 

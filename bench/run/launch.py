@@ -86,12 +86,13 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
     ending = Ending(exit_code=0, timed_out=False, stderr_tail=None)
     try:
         if _must_prepare(order):
-            ending = _work(order, told, listener, began, prepare=True)
+            ending = _work(order, told, listener, began, "--prepare")
             prepare_seconds = time.monotonic() - began
             if told.status == "completed":
                 told = Told()
         if told.status is None and not ending.timed_out and ending.exit_code == 0:
-            ending = _work(order, told, listener, time.monotonic(), prepare=False)
+            order = _with_reference(order, listener)
+            ending = _work(order, told, listener, time.monotonic())
     except KeyboardInterrupt:
         interrupted = True
     record = _record(order, told, ending, interrupted, prepare_seconds, started_at, time.monotonic() - began)
@@ -110,8 +111,27 @@ def _must_prepare(order: Order) -> bool:
     )
 
 
-def _work(order: Order, told: Told, listener: Listener, began: float, *, prepare: bool) -> Ending:
-    """One worker process from start to end."""
+def _with_reference(order: Order, listener: Listener) -> Order:
+    """The order, once the unquantized reference that it is compared with is there; else with the reason why
+    it is not. A reference that cannot be made costs the run nothing but the comparison."""
+    if order.reference_request is None or order.reference_file is None or order.reference_file.is_file():
+        return order
+    making = Order(
+        request=order.reference_request,
+        model_folder=order.model_folder,
+        reference_file=order.reference_file,
+    )
+    told = Told()
+    ending = _work(making, told, listener, time.monotonic(), "--reference")
+    status, message = _outcome(making, told, ending, interrupted=False)
+    if status == "completed":
+        return order
+    why = f"the unquantized reference could not be made: {status}: {message}"
+    return order.model_copy(update={"reference_note": why})
+
+
+def _work(order: Order, told: Told, listener: Listener, began: float, work: str | None = None) -> Ending:
+    """One worker process from start to end. ``work``: the worker's flag; None: measure."""
     with tempfile.TemporaryDirectory(prefix="qlora-bench-") as scratch:
         order_file = Path(scratch) / "order.json"
         order_file.write_text(order.model_dump_json(), encoding="utf-8")
@@ -123,7 +143,7 @@ def _work(order: Order, told: Told, listener: Listener, began: float, *, prepare
             "bench.run.worker",
             str(order_file),
             str(write_end),
-            *(["--prepare"] if prepare else []),
+            *([work] if work else []),
         ]
         with log.open("wb") as output, os.fdopen(read_end, "rb") as events:
             try:

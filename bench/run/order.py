@@ -19,5 +19,11 @@ class Order(Frozen):
     """Folder of the real weights, None for synthetic ones."""
     packed_folder: Path | None = None
     """Where a packed checkpoint is, or is to be made; None for backends that quantize on load."""
+    reference_file: Path | None = None
+    """Where the unquantized reference's gradients are, or are to be made; None: no comparison with it."""
+    reference_request: RunRequest | None = None
+    """The run that makes them."""
+    reference_note: str | None = None
+    """Why there is none."""
     note: str | None = None
     """A departure from what was asked that concerns the packed checkpoint."""

@@ -27,8 +27,9 @@ from bench.load.model import build_model, skeleton
 from bench.load.registry import foreign_libraries, get_backend
 from bench.load.weights import CheckpointWeights, SyntheticWeights
 from bench.probe.machine import usable_cores
+from bench.run.attention import choose_kernel, implementation
 from bench.run.isolation import apply_settings, hide_packages
-from bench.run.training import Trainer, avoid_unsound_attention, enable_checkpointing, make_trainer, one_step
+from bench.run.training import Trainer, enable_checkpointing, make_trainer, one_step
 from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader, encoder_for
 
 WARMUP_PAIRS = 2
@@ -102,10 +103,10 @@ def _trainer(preset_name: str, backend_id: str) -> tuple[Trainer, WorkloadReader
     backend = entry.create(request.options, "cpu", request.dtype)
     if isinstance(backend, PackedBackend):
         raise SystemExit("overhead: choose a backend that quantizes on load")
-    empty = skeleton(request.model.architecture, request.attention)
+    empty = skeleton(request.model.architecture, implementation(request.attention))
     weights = _weights(model.folder, empty)
     torch.set_num_threads(request.cpu_threads)
-    avoid_unsound_attention()
+    choose_kernel(request.attention)
     device = torch.device("cpu")
     built = build_model(empty, weights, backend, device)
     enable_checkpointing(built.model, request.checkpointing)

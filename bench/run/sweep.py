@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from bench.ask.models import ResolvedModel
 from bench.ask.packing import packed_folder
 from bench.ask.plan import RunRequest
+from bench.ask.reference import reference_dtype, reference_file, reference_request
 from bench.load.registry import Entry
 from bench.record.schema import Record
 from bench.record.store import Store
@@ -41,6 +42,8 @@ class Sweep:
     model: ResolvedModel
     entries: dict[str, Entry]
     store: Store
+    memory_bytes: int | None = None
+    """Of the device that runs; None: unknown."""
     calibration_note: str | None = None
     """Why packed checkpoints are not made as asked."""
     force: bool = False
@@ -52,10 +55,27 @@ class Sweep:
     def order(self, request: RunRequest) -> Order:
         """The job handed to a worker."""
         folder = self.model.folder.resolve() if self.model.folder else None
-        if request.calibration is None:
-            return Order(request=request, model_folder=folder)
-        packed = packed_folder(request, self.model).resolve()
-        return Order(request=request, model_folder=folder, packed_folder=packed, note=self.calibration_note)
+        packed, note = None, None
+        if request.calibration is not None:
+            packed, note = packed_folder(request, self.model).resolve(), self.calibration_note
+        return Order(
+            request=request,
+            model_folder=folder,
+            packed_folder=packed,
+            note=note,
+            **(_reference(request, self.memory_bytes) if request.fidelity else {}),
+        )
+
+
+def _reference(request: RunRequest, memory_bytes: int | None) -> dict[str, Any]:
+    """The parts of an order that concern the comparison with an unquantized model."""
+    dtype, reason = reference_dtype(request, memory_bytes)
+    if dtype is None:
+        return {"reference_note": reason}
+    return {
+        "reference_file": reference_file(request, dtype).resolve(),
+        "reference_request": reference_request(request, dtype),
+    }
 
 
 def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:

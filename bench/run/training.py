@@ -22,6 +22,7 @@ from bench.probe.clock import now
 from bench.probe.gradients import gradient_norm
 from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
 from bench.record.schema import MemoryReading, Phase, Step
+from bench.run.watch import RandomState, Watch
 from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader
 
 
@@ -37,6 +38,8 @@ class Trainer:
     """Effective compute dtype."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+    watch: Watch | None = None
+    """None: nothing looks on, and the steps tell nothing of probes."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -62,12 +65,6 @@ def make_trainer(
     )
     scaler = torch.amp.GradScaler(devices[0].type) if dtype_name == "float16" else None
     return Trainer(adapters, request, reader, devices, DTYPES[dtype_name], optimizer, scaler)
-
-
-def avoid_unsound_attention() -> None:
-    """Turn cuDNN attention off for the whole process: its backward gave NaN on H100 in torch 2.11 to 2.13
-    (pytorch#196678). Globally, since checkpointing recomputes the forward outside any context manager."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def enable_checkpointing(model: nn.Module, mode: str) -> None:
@@ -113,27 +110,28 @@ def one_step(
 ) -> tuple[Step, list[MemoryReading]]:
     """One optimizer step, and the memory of its phases where a probe is given."""
     readings: list[MemoryReading] = []
-    workload = trainer.request.workload
+    workload, watch = trainer.request.workload, trainer.watch
     batches = [trainer.reader.next_batch() for _ in range(workload.gradient_accumulation_steps)]
+    if watch:
+        watch.check(index, batches)
+    random = RandomState.now()
     began = now(trainer.devices)
     losses = []
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
-        with _phase(memory if last else None, "forward", readings):
-            loss = _loss(trainer, batch)
-        losses.append(loss.detach())
-        with _phase(memory if last else None, "backward", readings):
-            scaled = loss / len(batches)
-            target = trainer.scaler.scale(scaled) if trainer.scaler else scaled
-            target.backward()  # type: ignore[no-untyped-call]
-        del loss, scaled, target
+        losses.append(micro_batch(trainer, batch, len(batches), memory if last else None, readings))
     if on_first_backward:
         paused = now(trainer.devices)
         on_first_backward()
         began += now(trainer.devices) - paused
     with _phase(memory, "optimizer_step", readings):
-        norm, applied, scale = _update(trainer)
+        scale, norm = unscaled_norm(trainer)
+        seen = watch.observe(index, batches, losses, norm, scale) if watch else None
+        kept = watch.keep(seen, batches, random) if watch and seen else None
+        applied = _update(trainer, norm, scale)
     seconds = now(trainer.devices) - began
+    if watch and seen:
+        watch.settle(seen, kept, applied=applied)
     step = Step(
         index=index,
         warmup=index < workload.warmup_steps,
@@ -147,17 +145,43 @@ def one_step(
         loss_scale=scale,
         peak_reserved_bytes=peak_reserved_bytes(trainer.devices),
         resident_bytes=resident_bytes() if trainer.devices[0].type == "cpu" else None,
+        probe=seen.summary(watch.ranges.layers) if watch and seen else None,
     )
     return step, readings
 
 
-def _loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
+def micro_batch(
+    trainer: Trainer,
+    batch: Batch,
+    accumulation: int,
+    memory: MemoryProbe | None = None,
+    readings: list[MemoryReading] | None = None,
+) -> torch.Tensor:
+    """Forward and backward of one micro-batch, its gradient divided by ``accumulation``. Returns the loss."""
+    readings = [] if readings is None else readings
+    ranges = trainer.watch.ranges if trainer.watch else None
+    if ranges:
+        ranges.forward_begins()
+    with _phase(memory, "forward", readings):
+        loss = micro_batch_loss(trainer, batch)
+    if ranges:
+        ranges.backward_begins()
+    with _phase(memory, "backward", readings):
+        scaled = loss / accumulation
+        target = trainer.scaler.scale(scaled) if trainer.scaler else scaled
+        target.backward()  # type: ignore[no-untyped-call]
+    if ranges:
+        ranges.ends()
+    return loss.detach()
+
+
+def micro_batch_loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy over the answer tokens, computed in float32 from the model's logits."""
     device = trainer.devices[0]
     autocast = torch.autocast(device.type, trainer.dtype, enabled=trainer.dtype != torch.float32)
     with autocast:
         # A row without padding needs no mask, which keeps the fused causal kernels available.
-        mask = batch.attention_mask.to(device) if trainer.request.workload.padding == "right" else None
+        mask = batch.attention_mask.to(device) if trainer.request.workload.padding != "packed" else None
         logits = trainer.adapters.model(input_ids=batch.input_ids.to(device), attention_mask=mask).logits
     labels = batch.labels[:, 1:].to(logits.device)
     return nn.functional.cross_entropy(
@@ -165,13 +189,17 @@ def _loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
     )
 
 
-def _update(trainer: Trainer) -> tuple[torch.Tensor, bool, float | None]:
-    """Norm, clip, step. Returns the norm before clipping, whether the step was applied, the loss scale."""
+def unscaled_norm(trainer: Trainer) -> tuple[float | None, torch.Tensor]:
+    """The loss scale (None without a scaler), and the norm of the unscaled gradients before clipping."""
     scale = None
     if trainer.scaler:
         trainer.scaler.unscale_(trainer.optimizer)
         scale = trainer.scaler.get_scale()
-    norm = gradient_norm(trainer.parameters)
+    return scale, gradient_norm(trainer.parameters)
+
+
+def _update(trainer: Trainer, norm: torch.Tensor, scale: float | None) -> bool:
+    """Clip and step. Returns whether the step was applied."""
     limit = trainer.request.optimizer.max_gradient_norm
     if limit is not None:
         clip_grads_with_norm_(trainer.parameters, limit, norm)
@@ -184,7 +212,7 @@ def _update(trainer: Trainer) -> tuple[torch.Tensor, bool, float | None]:
     else:
         trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
-    return norm, applied, scale
+    return applied
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The child: one run in one fresh process, telling its parent everything as it happens.
 
-    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare]
+    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference]
 
 Started by ``bench.run.launch``. The order of what follows matters: the environment is settled before
 torch is imported, unneeded quantization libraries are hidden before transformers and PEFT are.
@@ -18,7 +18,8 @@ from bench.load.registry import foreign_libraries, get_backend
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables, apply_settings, hide_packages
 from bench.run.order import Order
-from bench.run.stages import Breach, Run
+from bench.run.stages import Run
+from bench.run.telling import Breach
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +32,8 @@ def main(arguments: list[str]) -> int:
     hide_packages(foreign_libraries(get_backend(order.request.backend).backend))
     run = Run(order, channel, watched, scratch=Path(arguments[0]).parent)
     try:
-        run.prepare() if "--prepare" in arguments else run.measure()
+        work = {"--prepare": run.prepare, "--reference": run.make_reference}
+        work.get(arguments[-1], run.measure)()
     except Exception as error:  # noqa: BLE001 - whatever a library raises is this run's outcome
         traceback.print_exc()
         channel.send("outcome", status=_status_of(error), message=_message_of(error))

@@ -36,7 +36,7 @@ class Batch:
     labels: torch.Tensor
     """The id at each answer token, -100 at prompt and padding."""
     attention_mask: torch.Tensor
-    """1 at real tokens, 0 at padding (always on the right)."""
+    """1 at real tokens, 0 at padding."""
 
     @property
     def tokens(self) -> int:
@@ -137,7 +137,7 @@ class WorkloadReader:
         return self._digest.hexdigest()
 
     def next_batch(self) -> Batch:
-        """The next micro-batch that holds an answer token.
+        """The next micro-batch that holds an answer token (or any, where the workload asks for that).
 
         The mean loss over no token is NaN and would look like a failure of the backend, so micro-batches
         without one (prompts longer than the row) are passed over, the same ones for every backend, and
@@ -145,10 +145,11 @@ class WorkloadReader:
         """
         for _ in range(PATIENCE):
             batch = self._draw()
-            if batch.loss_tokens:
+            empty = batch.loss_tokens == 0
+            self.batches_without_targets += empty
+            if not empty or self._workload.without_targets == "train":
                 self._count(batch)
                 return batch
-            self.batches_without_targets += 1
         raise ValueError(
             f"{PATIENCE} micro-batches in a row hold no answer token; raise workload.sequence_length"
         )
@@ -182,11 +183,11 @@ class WorkloadReader:
         length = self._workload.sequence_length
         ids, labels = (part[:length] for part in self._example())
         missing = length - len(ids)
-        return (
-            ids + [self._encoder.padding_id] * missing,
-            labels + [IGNORED_LABEL] * missing,
-            [1] * len(ids) + [0] * missing,
-        )
+        row = (ids, labels, [1] * len(ids))
+        padding = ([self._encoder.padding_id] * missing, [IGNORED_LABEL] * missing, [0] * missing)
+        left = self._workload.padding == "left"
+        ids, labels, mask = (p + r if left else r + p for r, p in zip(row, padding, strict=True))
+        return ids, labels, mask
 
 
 def encoder_for(folder: Path | None, vocabulary: int) -> Encoder:

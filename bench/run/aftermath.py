@@ -1,0 +1,97 @@
+"""After the training: the comparison with the unquantized reference, and the replay of what failed.
+
+Nothing here is part of any measured step, and nothing that goes wrong here can lose what was measured: it
+becomes a note in the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bench.ask.experiment import Dtype
+from bench.record.stability import Fidelity, Remedy, Replay
+from bench.run.fidelity import compare_gradients, weight_errors
+from bench.run.replay import REPLAYABLE, Replayer, refined
+from bench.run.training import Trainer
+
+if TYPE_CHECKING:
+    from bench.run.stages import Loaded, Run
+
+
+class Aftermath:
+    """What is looked into once the steps are done. Holds the model, and lets it go for the last remedy."""
+
+    def __init__(self, run: Run, loaded: Loaded, trainer: Trainer) -> None:
+        self._run = run
+        self._loaded: Loaded | None = loaded
+        self._trainer: Trainer | None = trainer
+        self._watch, self._linears = trainer.watch, list(loaded.built.layers)
+        self._lora = trainer.request.lora
+        trainer.watch = None
+
+    def compare_with_reference(self) -> None:
+        """Tell the fidelity, or why there is none."""
+        order = self._run.order
+        if not order.request.fidelity:
+            return
+        try:
+            fidelity = self._fidelity()
+        except Exception as error:  # noqa: BLE001 - the training's own result stands
+            fidelity = Fidelity(note=f"the comparison failed: {type(error).__name__}: {error}"[:500])
+        self._run.channel.section("fidelity", fidelity)
+
+    def _fidelity(self) -> Fidelity:
+        run, loaded, trainer = self._run, self._loaded, self._trainer
+        assert loaded is not None
+        assert trainer is not None
+        order = run.order
+        if order.reference_file is None or not order.reference_file.is_file():
+            return Fidelity(note=order.reference_note or "the reference could not be made")
+        batch = run.reader().next_batch()
+        fidelity = compare_gradients(trainer, batch, order.reference_file)
+        if order.request.calibration == "calibrated" and order.request.backend == "awq":
+            note = "calibrated AWQ moves scales between weights and norms: no weight has a dense counterpart"
+            return fidelity.model_copy(update={"note": note})
+        dense = run.source(order.model_folder, loaded.built.model)
+        errors = weight_errors(loaded.built, loaded.shapes, dense, trainer.dtype)
+        return fidelity.model_copy(update={"weight_errors": errors})
+
+    def investigate(self) -> None:
+        """Replay the first failure, unless the scaler dealt with it."""
+        watch = self._watch
+        failure = watch.finder.found if watch else None
+        snapshot = watch.snapshot if watch else None
+        if failure is None or snapshot is None or failure.kind not in REPLAYABLE or self._trainer is None:
+            return
+        if failure.skipped_by_scaler and self._trained_since():
+            return
+        replayer = Replayer(self._trainer, self._linears, failure, snapshot)
+        replay = replayer.watched()
+        self._run.telling.failure(refined(failure, replay))
+        self._tell(replay)
+        for remedy in self._remedies(replayer):
+            replay = replay.model_copy(update={"remedies": (*replay.remedies, remedy())})
+            self._tell(replay)
+
+    def _remedies(self, replayer: Replayer) -> list[Callable[[], Remedy]]:
+        remedies = [replayer.attention]
+        if self._lora.precision != "float32":
+            remedies.append(replayer.float32_adapters)
+
+        def another_dtype() -> Remedy:
+            self._loaded = self._trainer = None  # the failing model must be gone before the next one comes
+            return replayer.another_dtype(self._rebuild)
+
+        return [*remedies, another_dtype]
+
+    def _rebuild(self, dtype: Dtype) -> Trainer:
+        request = self._run.request.model_copy(update={"dtype": dtype})
+        return self._run.trainer_of(request)
+
+    def _trained_since(self) -> bool:
+        """Whether any update was applied in spite of the scaler's skips."""
+        return bool(self._trainer and self._trainer.optimizer.state)
+
+    def _tell(self, replay: Replay) -> None:
+        self._run.channel.section("replay", replay)
