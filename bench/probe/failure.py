@@ -117,7 +117,17 @@ class FailureFinder:
             failure = self._in_micro_batch(seen, micro_batch, spared=spared)
             if failure is not None:
                 return failure
-        return None if math.isfinite(seen.gradient_norm) else self._in_adapters(seen, spared=spared)
+        if math.isfinite(seen.gradient_norm):
+            return None
+        return self._in_adapters(seen, self._bad_adapters(seen), None, spared=spared)
+
+    def _bad_adapters(self, seen: Observation) -> list[int]:
+        return [i for i, count in enumerate(seen.gradients.non_finite) if count]
+
+    def _above(self, adapter: int, place: Place) -> bool:
+        """Whether an adapter's layer comes after the place in the forward, so before it in the backward."""
+        layer = Place(self._names[adapter], "output").layer
+        return layer is not None and place.layer is not None and layer > place.layer
 
     def _in_micro_batch(self, seen: Observation, micro_batch: int, *, spared: bool) -> FirstFailure | None:
         finite = math.isfinite(seen.losses[micro_batch])
@@ -129,7 +139,14 @@ class FailureFinder:
         if not finite:
             return self._in_loss(seen, micro_batch)
         place = _first_bad(seen.ranges[micro_batch].backward)
-        return None if place is None else self._at(seen, micro_batch, "backward", place, spared=spared)
+        if place is None:
+            return None
+        # The gradient at this place came out of what lies above it. Where an adapter up there has a gradient
+        # that is not finite, the fault began in its layer.
+        above = [i for i in self._bad_adapters(seen) if self._above(i, place.place)]
+        if above:
+            return self._in_adapters(seen, above, micro_batch, spared=spared)
+        return self._at(seen, micro_batch, "backward", place, spared=spared)
 
     def _remember(self, seen: Observation) -> None:
         self._last_finite_step = seen.step if seen.finite else None
@@ -204,12 +221,13 @@ class FailureFinder:
             "activations that were watched are",
         )  # fmt: skip
 
-    def _in_adapters(self, seen: Observation, *, spared: bool) -> FirstFailure:
-        """The gradients at the layers are finite, and those of some adapters are not."""
-        bad = [i for i, count in enumerate(seen.gradients.non_finite) if count]
+    def _in_adapters(
+        self, seen: Observation, bad: Sequence[int], micro_batch: int | None, *, spared: bool
+    ) -> FirstFailure:
+        """Some adapters' gradients are not finite, where the gradients that came to their layer are."""
         if not bad:
             return self._failure(
-                seen, None, kind="backward_overflow", phase="backward", module=None,
+                seen, micro_batch, kind="backward_overflow", phase="backward", module=None,
                 tensor="gradient norm", value=seen.gradient_norm, skipped_by_scaler=spared,
                 dtype_max=torch.finfo(torch.float32).max,
                 evidence=f"the gradient norm of step {seen.step} is not finite, though every value is",
@@ -219,12 +237,15 @@ class FailureFinder:
         module, _, tensor = self._names[first].rpartition(".")
         norm = seen.gradients.norms[first]
         overflow = norm is not None and math.isinf(norm)
+        spoilt = len(self._bad_adapters(seen))
+        scaler = f"; the loss scaler (at {seen.loss_scale:g}) skipped the update" if spared else ""
         return self._failure(
-            seen, None, kind=_kind("backward", overflow=overflow), phase="backward", module=module,
+            seen, micro_batch, kind=_kind("backward", overflow=overflow), phase="backward", module=module,
             tensor=f"gradient of {tensor}", value=norm, dtype_max=torch.finfo(self._dtype).max,
             skipped_by_scaler=spared,
-            evidence=f"the gradient of {self._names[first]} is not finite in step {seen.step} "
-            f"({len(bad)} of {len(self._names)} adapter tensors), though those at the layers are",
+            evidence=f"the gradient of {self._names[first]} is not finite in step {seen.step}, though what "
+            f"came to its layer in the backward is ({spoilt} of {len(self._names)} adapter tensors are not "
+            f"finite){scaler}",
         )  # fmt: skip
 
     def _empty_batch(self, seen: Observation, micro_batch: int) -> FirstFailure:
