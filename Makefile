@@ -60,7 +60,7 @@ lint: $(READY) ## ruff and mypy --strict
 
 check: lint test ## What CI runs before the proxy benchmark
 
-overhead: $(READY) ## Time the harness's loop against a bare one (FLAGS="--preset ... --pairs ...")
+overhead: $(READY) ## Time the harness's loop and its probes (FLAGS="--preset ... --rounds ... --all")
 	$(BIN)/python -m bench.run.overhead $(FLAGS)
 
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
