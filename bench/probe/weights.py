@@ -24,29 +24,29 @@ def non_finite_weights(built: BuiltModel) -> dict[str, str]:
     for module, name, tensor in _floating(built):
         count = _count(tensor)
         if count:
-            found.setdefault(module, []).append(
-                f"{name.removeprefix('base_layer.')}: {count} of {tensor.numel()} values"
-            )
+            found.setdefault(module, []).append(f"{name}: {count} of {tensor.numel()} values")
     return {module: "; ".join(texts) for module, texts in found.items()}
 
 
 def _floating(built: BuiltModel) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Module, tensor name and tensor, each storage once."""
-    seen: set[int] = set()
+    """Module, tensor name and tensor; a module's storages once, those of a tied head under both names."""
+    seen: set[tuple[str, int]] = set()
     quantized = tuple(f"{name}." for name in built.layers)
     for name, layer in built.quantized():
-        for path, tensor in tensors_of(layer):
+        # Once adapters are attached, PEFT's layer stands here and keeps the frozen one inside.
+        for path, tensor in tensors_of(getattr(layer, "base_layer", layer)):
             yield from _once(name, ".".join(path), tensor, seen)
-    for name, parameter in built.model.named_parameters():
+    for name, parameter in built.model.named_parameters(remove_duplicate=False):
         if not name.startswith(quantized):
             yield from _once(*name.rpartition(".")[::2], parameter, seen)
 
 
 def _once(
-    module: str, name: str, tensor: torch.Tensor, seen: set[int]
+    module: str, name: str, tensor: torch.Tensor, seen: set[tuple[str, int]]
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
-    if tensor.is_floating_point() and tensor.device.type != "meta" and tensor.data_ptr() not in seen:
-        seen.add(tensor.data_ptr())
+    place = (module, tensor.data_ptr())
+    if tensor.is_floating_point() and tensor.device.type != "meta" and place not in seen:
+        seen.add(place)
         yield module, name, tensor.detach()
 
 

@@ -16,14 +16,17 @@ from bench.run.replay import REPLAYABLE, Replayer, refined
 from bench.run.training import Trainer
 
 if TYPE_CHECKING:
-    from bench.run.stages import Loaded, Run
+    from bench.run.building import Builder
+    from bench.run.stages import Loaded
+    from bench.run.telling import Telling
 
 
 class Aftermath:
     """What is looked into once the steps are done. Holds the model, and lets it go for the last remedy."""
 
-    def __init__(self, run: Run, loaded: Loaded, trainer: Trainer) -> None:
-        self._run = run
+    def __init__(self, builder: Builder, telling: Telling, loaded: Loaded, trainer: Trainer) -> None:
+        self._builder = builder
+        self._telling = telling
         self._loaded: Loaded | None = loaded
         self._trainer: Trainer | None = trainer
         self._watch, self._linears = trainer.watch, list(loaded.built.layers)
@@ -32,28 +35,28 @@ class Aftermath:
 
     def compare_with_reference(self) -> None:
         """Tell the fidelity, or why there is none."""
-        order = self._run.order
+        order = self._builder.order
         if not order.request.fidelity:
             return
         try:
             fidelity = self._fidelity()
         except Exception as error:  # noqa: BLE001 - the training's own result stands
             fidelity = Fidelity(note=f"the comparison failed: {type(error).__name__}: {error}"[:500])
-        self._run.channel.section("fidelity", fidelity)
+        self._telling.channel.section("fidelity", fidelity)
 
     def _fidelity(self) -> Fidelity:
-        run, loaded, trainer = self._run, self._loaded, self._trainer
+        builder, loaded, trainer = self._builder, self._loaded, self._trainer
         assert loaded is not None
         assert trainer is not None
-        order = run.order
+        order = builder.order
         if order.reference_file is None or not order.reference_file.is_file():
             return Fidelity(note=order.reference_note or "the reference could not be made")
-        batch = run.reader().next_batch()
+        batch = builder.reader().next_batch()
         fidelity = compare_gradients(trainer, batch, order.reference_file)
         if order.request.calibration == "calibrated" and order.request.backend == "awq":
             note = "calibrated AWQ moves scales between weights and norms: no weight has a dense counterpart"
             return fidelity.model_copy(update={"note": note})
-        dense = run.source(order.model_folder, loaded.built.model)
+        _, _, dense = builder.open(builder.request, order.model_folder)
         errors = weight_errors(loaded.built, loaded.shapes, dense, trainer.dtype)
         return fidelity.model_copy(update={"weight_errors": errors})
 
@@ -68,7 +71,7 @@ class Aftermath:
             return
         replayer = Replayer(self._trainer, self._linears, failure, snapshot)
         replay = replayer.watched()
-        self._run.telling.failure(refined(failure, replay))
+        self._telling.failure(refined(failure, replay))
         self._tell(replay)
         for remedy in self._remedies(replayer):
             replay = replay.model_copy(update={"remedies": (*replay.remedies, remedy())})
@@ -86,12 +89,12 @@ class Aftermath:
         return [*remedies, another_dtype]
 
     def _rebuild(self, dtype: Dtype) -> Trainer:
-        request = self._run.request.model_copy(update={"dtype": dtype})
-        return self._run.trainer_of(request)
+        request = self._builder.request.model_copy(update={"dtype": dtype})
+        return self._builder.trainer_of(request)
 
     def _trained_since(self) -> bool:
         """Whether any update was applied in spite of the scaler's skips."""
         return bool(self._trainer and self._trainer.optimizer.state)
 
     def _tell(self, replay: Replay) -> None:
-        self._run.channel.section("replay", replay)
+        self._telling.channel.section("replay", replay)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.ask.plan import RunRequest
-from bench.ask.stress import resolve_stress
+from bench.ask.stress import Pair
 from bench.load.contract import PackedBackend
 from bench.load.registry import foreign_libraries, get_backend
 from bench.run.events import Channel
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from bench.load.contract import Backend, Shape
     from bench.load.lora import Adapters
     from bench.load.model import BuiltModel
-    from bench.load.weights import Weights
     from bench.probe.memory import MemoryProbe
+    from bench.run.building import Builder
     from bench.run.training import Trainer
     from bench.run.workload import WorkloadReader
 
-PROGRESS_INTERVAL_SECONDS = 0.2
 CALIBRATION_TEXTS = 32
 """Of about 300 tokens each: minutes for a small model on two cores. Published checkpoints use more."""
 CALIBRATION_START = 1_000_000
@@ -60,10 +59,6 @@ class Run:
         self.channel = channel
         self.watched = watched
         self.telling = Telling(channel, order)
-        self.pairs = resolve_stress(
-            self.request.stress, self.request.model.architecture, self.request.model.layers
-        )
-        self._last_progress = 0.0
 
     def prepare(self) -> None:
         """Make the packed checkpoint that a later run reads."""
@@ -75,7 +70,8 @@ class Run:
             from bench.load.model import linear_shapes
             from bench.load.packed import calibrate_checkpoint, pack_checkpoint
 
-            backend, model, weights = self._open(self.request, self.order.model_folder)
+            builder = self._builder()
+            backend, model, weights = builder.open(self.request, self.order.model_folder, stressed=False)
             assert isinstance(backend, PackedBackend)
             assert self.order.packed_folder is not None
             backend.fit(list(linear_shapes(model).values()))
@@ -92,7 +88,7 @@ class Run:
                     self.request.model.architecture,
                     self.order.packed_folder,
                     self.order.model_folder,
-                    self._layer_progress,
+                    builder.progress,
                 )
 
     def measure(self) -> None:
@@ -104,17 +100,19 @@ class Run:
         import_seconds = time.perf_counter() - began
         from bench.probe.memory import MemoryProbe
         from bench.run.aftermath import Aftermath
+        from bench.run.building import device_of
 
-        device = _device(self.request.device)
-        probe = MemoryProbe([device])
-        loaded = self._load(device, probe, import_seconds)
+        device = device_of(self.request.device)
+        builder, probe = self._builder(), MemoryProbe([device])
+        self._prove_stress(builder)
+        loaded = self._load(builder, device, probe, import_seconds)
         self.telling.quantization(loaded.backend, loaded.built, loaded.shapes)
         self.channel.stage("attach")
-        adapters = self._attach(loaded, probe)
+        adapters = self._attach(loaded, builder.pairs, probe)
         self.channel.stage("train")
-        trainer = self._train(adapters, loaded, device, probe)
+        trainer = self._train(adapters, loaded, builder.reader(), probe)
         # Handed over whole: what holds the failing model must be able to let it go.
-        aftermath = Aftermath(self, loaded, trainer)
+        aftermath = Aftermath(builder, self.telling, loaded, trainer)
         del loaded, adapters, trainer
         aftermath.compare_with_reference()
         aftermath.investigate()
@@ -127,20 +125,13 @@ class Run:
         from bench.run.fidelity import make_reference
 
         assert self.order.reference_file is not None
-        trainer = self.trainer_of(self.request)
+        trainer = self._builder().trainer_of(self.request)
         make_reference(trainer, trainer.reader.next_batch(), self.order.reference_file)
 
-    def trainer_of(self, request: RunRequest) -> Trainer:
-        """Another model of this run's worker, ready to train, with nothing that looks on or is recorded."""
-        from bench.load.lora import attach
-        from bench.load.model import DTYPES
-        from bench.run.training import enable_checkpointing, make_trainer
+    def _builder(self) -> Builder:
+        from bench.run.building import Builder
 
-        device = _device(request.device)
-        backend, built, _ = self._build(request, device)
-        enable_checkpointing(built.model, request.checkpointing)
-        adapters = attach(built.model, request.lora, request.seed, DTYPES[backend.dtype], self.pairs)
-        return make_trainer(adapters, request, self.reader(), [device], backend.dtype)
+        return Builder(self.order, self.channel, self.watched)
 
     def _import_libraries(self) -> None:
         import torch
@@ -154,56 +145,15 @@ class Run:
         torch.set_num_threads(self.request.cpu_threads)
         torch.manual_seed(self.request.seed)
 
-    def _open(self, request: RunRequest, folder: Path | None) -> tuple[Backend, torch.nn.Module, Weights]:
-        """The backend, the model's skeleton and the source of its weights."""
-        from bench.ask.models import read_config
-        from bench.load.model import skeleton
-        from bench.run.attention import implementation
-
-        backend = get_backend(request.backend).create(request.options, request.device, request.dtype)
-        if self.order.packed_folder is not None and folder == self.order.packed_folder:
-            published = read_config(folder)
-            assert isinstance(backend, PackedBackend)
-            backend.adopt(published["quantization_config"])
-        model = skeleton(dict(request.model.architecture), implementation(request.attention))
-        return backend, model, self.source(folder, model)
-
-    def source(self, folder: Path | None, model: torch.nn.Module) -> Weights:
-        """The weights in ``folder``, or drawn where there is none; rescaled as ``--stress`` has it."""
-        from bench.load.stress import StressedWeights
-        from bench.load.weights import CheckpointWeights, SyntheticWeights
-
-        weights: Weights
-        if folder is not None:
-            weights = CheckpointWeights(folder)
-        else:
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            deviation = float(self.request.model.architecture.get("initializer_range", 0.02))
-            weights = SyntheticWeights(shapes, deviation)
-        return StressedWeights(weights, self.pairs) if self.pairs else weights
-
-    def _build(
-        self, request: RunRequest, device: torch.device
-    ) -> tuple[Backend, BuiltModel, dict[str, Shape]]:
-        from bench.load.model import build_model, linear_shapes
-        from bench.run.attention import choose_kernel
-
-        choose_kernel(request.attention)
-        backend, model, weights = self._open(request, self.order.packed_folder or self.order.model_folder)
-        shapes = linear_shapes(model)
-        if not isinstance(backend, PackedBackend):
-            backend.fit(list(shapes.values()))
-        with self.watched:
-            return backend, build_model(model, weights, backend, device, self._layer_progress), shapes
-
-    def _load(self, device: torch.device, probe: MemoryProbe, import_seconds: float) -> Loaded:
+    def _load(
+        self, builder: Builder, device: torch.device, probe: MemoryProbe, import_seconds: float
+    ) -> Loaded:
         from bench.load.model import unquantized_digest
         from bench.probe.clock import now
         from bench.probe.memory import release_unused
 
-        self._prove_stress()
         began = now([device])
-        backend, built, shapes = self._build(self.request, device)
+        backend, built, shapes = builder.build(self.request, device)
         seconds = now([device]) - began
         host_peak = probe.process_peak_bytes()
         release_unused([device])
@@ -215,23 +165,20 @@ class Run:
             "weights_digest": unquantized_digest(built),
         })  # fmt: skip
 
-    def _prove_stress(self) -> None:
+    def _prove_stress(self, builder: Builder) -> None:
         """Before anything is measured: the rescaled model is the same function."""
-        if not self.pairs:
+        if not builder.pairs:
             return
-        from bench.load.model import skeleton
-        from bench.load.stress import StressedWeights, prove
-        from bench.run.attention import implementation
+        from bench.load.stress import prove
 
-        model = skeleton(dict(self.request.model.architecture), implementation(self.request.attention))
-        dense = self.source(self.order.model_folder, model)
-        assert isinstance(dense, StressedWeights)
         # A checkpoint that is published quantized has no dense weights to compute with.
-        published = self.request.calibration == "published"
-        differences = None if published else prove(model, dense.plain, self.pairs)
-        self.telling.stress(self.pairs, differences)
+        differences = None
+        if self.request.calibration != "published":
+            _, model, dense = builder.open(self.request, self.order.model_folder, stressed=False)
+            differences = prove(model, dense, builder.pairs)
+        self.telling.stress(builder.pairs, differences)
 
-    def _attach(self, loaded: Loaded, probe: MemoryProbe) -> Adapters:
+    def _attach(self, loaded: Loaded, pairs: Sequence[Pair], probe: MemoryProbe) -> Adapters:
         from bench.load.lora import attach
         from bench.load.model import DTYPES
         from bench.load.proof import frozen_breaches
@@ -242,21 +189,16 @@ class Run:
         enable_checkpointing(loaded.built.model, self.request.checkpointing)
         dtype = DTYPES[loaded.backend.dtype]
         with self.watched:
-            adapters = attach(loaded.built.model, self.request.lora, self.request.seed, dtype, self.pairs)
+            adapters = attach(loaded.built.model, self.request.lora, self.request.seed, dtype, pairs)
         self.channel.section("load", Load(**loaded.facts, attach_seconds=time.perf_counter() - began))
         self.telling.lora(adapters)
         self.telling.prove(base_frozen=frozen_breaches(adapters.model, adapters.tensors))
         self.channel.send("readings", readings=probe.read("attached"))
         return adapters
 
-    def reader(self) -> WorkloadReader:
-        """The work from its beginning."""
-        from bench.run.workload import WorkloadReader, encoder_for
-
-        vocabulary = int(self.request.model.architecture["vocab_size"])
-        return WorkloadReader(self.request.workload, encoder_for(self.order.model_folder, vocabulary))
-
-    def _train(self, adapters: Adapters, loaded: Loaded, device: torch.device, probe: MemoryProbe) -> Trainer:
+    def _train(
+        self, adapters: Adapters, loaded: Loaded, reader: WorkloadReader, probe: MemoryProbe
+    ) -> Trainer:
         from bench.load.proof import gradient_breaches
         from bench.probe.environment import describe_environment
         from bench.probe.gradients import all_finite
@@ -265,7 +207,7 @@ class Run:
         from bench.run.training import make_trainer, train
         from bench.run.watch import BadBatch, Watch
 
-        backend = loaded.backend
+        backend, (device,) = loaded.backend, probe.devices
         libraries = sorted(foreign_libraries(type(backend)) | set(backend.requires))
         self.channel.section(
             "environment",
@@ -273,7 +215,7 @@ class Run:
         )
         broken = non_finite_weights(loaded.built)
         self.telling.weights(broken)
-        trainer = make_trainer(adapters, self.request, self.reader(), [device], backend.dtype)
+        trainer = make_trainer(adapters, self.request, reader, [device], backend.dtype)
         trainer.watch = watch = Watch(
             adapters, loaded.built.layers, broken, device, trainer.dtype, fine=self.request.trace
         )
@@ -307,11 +249,6 @@ class Run:
         self.telling.failure(watch.finder.found)
         return trainer
 
-    def _layer_progress(self, done: int, total: int) -> None:
-        if time.monotonic() - self._last_progress > PROGRESS_INTERVAL_SECONDS or done == total:
-            self._last_progress = time.monotonic()
-            self.channel.send("progress", done=done, total=total)
-
 
 def calibration_texts() -> list[str]:
     """The texts that packed checkpoints are calibrated on: generated conversations as plain text, from an
@@ -323,11 +260,3 @@ def calibration_texts() -> list[str]:
         "\n".join(message["content"] for index in range(first, first + 3) for message in conversation(index))
         for first in groups
     ]
-
-
-def _device(kind: str) -> torch.device:
-    import torch
-
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("a CUDA device was asked for and torch finds none")
-    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")

@@ -1,0 +1,113 @@
+"""Building a run's model: skeleton, weights, quantized layers, adapters, optimizer.
+
+One `Builder` a worker. It is used for the run itself, for the unquantized reference, and for the model that
+the replay loads again in another dtype.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from bench.ask.models import read_config
+from bench.ask.plan import RunRequest
+from bench.ask.stress import resolve_stress
+from bench.load.contract import PackedBackend
+from bench.load.lora import attach
+from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
+from bench.load.registry import get_backend
+from bench.load.stress import StressedWeights
+from bench.load.weights import CheckpointWeights, SyntheticWeights
+from bench.run.attention import choose_kernel, implementation
+from bench.run.events import Channel
+from bench.run.isolation import WatchedVariables
+from bench.run.order import Order
+from bench.run.training import enable_checkpointing, make_trainer
+from bench.run.workload import WorkloadReader, encoder_for
+
+if TYPE_CHECKING:
+    from bench.load.contract import Backend, Shape
+    from bench.load.model import BuiltModel
+    from bench.load.weights import Weights
+    from bench.run.training import Trainer
+
+PROGRESS_INTERVAL_SECONDS = 0.2
+
+
+class Builder:
+    """Builds models for one order. Raises what a backend or a broken checkpoint raises."""
+
+    def __init__(self, order: Order, channel: Channel, watched: WatchedVariables) -> None:
+        self.order = order
+        self.request = order.request
+        self.channel = channel
+        self.watched = watched
+        architecture = self.request.model.architecture
+        self.pairs = resolve_stress(self.request.stress, architecture, self.request.model.layers)
+        self._last_progress = 0.0
+
+    def open(
+        self, request: RunRequest, folder: Path | None, *, stressed: bool = True
+    ) -> tuple[Backend, nn.Module, Weights]:
+        """The backend, the model's skeleton and the source of its weights; ``stressed``: as ``--stress``
+        rescales them. A packed checkpoint is made of plain ones, and its scales are rescaled when read."""
+        backend = get_backend(request.backend).create(request.options, request.device, request.dtype)
+        if self.order.packed_folder is not None and folder == self.order.packed_folder:
+            published = read_config(folder)
+            assert isinstance(backend, PackedBackend)
+            backend.adopt(published["quantization_config"])
+        model = skeleton(dict(request.model.architecture), implementation(request.attention))
+        return backend, model, self.source(folder, model, stressed=stressed)
+
+    def source(self, folder: Path | None, model: nn.Module, *, stressed: bool = True) -> Weights:
+        """The weights in ``folder``, or drawn in the shapes of ``model`` where there is none."""
+        weights: Weights
+        if folder is not None:
+            weights = CheckpointWeights(folder)
+        else:
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            deviation = float(self.request.model.architecture.get("initializer_range", 0.02))
+            weights = SyntheticWeights(shapes, deviation)
+        return StressedWeights(weights, self.pairs) if self.pairs and stressed else weights
+
+    def build(
+        self, request: RunRequest, device: torch.device
+    ) -> tuple[Backend, BuiltModel, dict[str, Shape]]:
+        """The quantized model of a request on a device, with the shapes of its linear layers."""
+        choose_kernel(request.attention)
+        backend, model, weights = self.open(request, self.order.packed_folder or self.order.model_folder)
+        shapes = linear_shapes(model)
+        if not isinstance(backend, PackedBackend):
+            backend.fit(list(shapes.values()))
+        with self.watched:
+            return backend, build_model(model, weights, backend, device, self.progress), shapes
+
+    def trainer_of(self, request: RunRequest) -> Trainer:
+        """Another model of this run's worker, ready to train, with nothing that looks on or is recorded."""
+        device = device_of(request.device)
+        backend, built, _ = self.build(request, device)
+        enable_checkpointing(built.model, request.checkpointing)
+        adapters = attach(built.model, request.lora, request.seed, DTYPES[backend.dtype], self.pairs)
+        return make_trainer(adapters, request, self.reader(), [device], backend.dtype)
+
+    def reader(self) -> WorkloadReader:
+        """The work from its beginning."""
+        vocabulary = int(self.request.model.architecture["vocab_size"])
+        return WorkloadReader(self.request.workload, encoder_for(self.order.model_folder, vocabulary))
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell how many layers are done, not too often."""
+        if time.monotonic() - self._last_progress > PROGRESS_INTERVAL_SECONDS or done == total:
+            self._last_progress = time.monotonic()
+            self.channel.send("progress", done=done, total=total)
+
+
+def device_of(kind: str) -> torch.device:
+    """The device of a request. Raises RuntimeError where it is not there."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("a CUDA device was asked for and torch finds none")
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
