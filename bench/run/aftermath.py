@@ -65,7 +65,8 @@ class Aftermath:
         watch = self._watch
         failure = watch.finder.found if watch else None
         snapshot = watch.snapshot if watch else None
-        if failure is None or snapshot is None or failure.kind not in REPLAYABLE or self._trainer is None:
+        wanted = self._builder.order.replay and failure is not None and failure.kind in REPLAYABLE
+        if not wanted or failure is None or snapshot is None or self._trainer is None:
             return
         if failure.skipped_by_scaler and self._trained_since():
             return

@@ -168,17 +168,28 @@ def _layer_error(
     layer: nn.Module, dense: torch.Tensor, shape: Shape, dtype: torch.dtype
 ) -> tuple[float, float]:
     """Squared Frobenius norms: of the difference, and of the dense weight."""
-    bias = getattr(layer, "bias", None)
     device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
     error = size = 0.0
     for start in range(0, shape.in_features, IDENTITY_ROWS):
         rows = min(IDENTITY_ROWS, shape.in_features - start)
         identity = torch.zeros(rows, shape.in_features, dtype=dtype, device=device)
         identity[torch.arange(rows), start + torch.arange(rows)] = 1
-        seen = layer(identity).float()
-        if isinstance(bias, torch.Tensor):
-            seen = seen - bias.float()
+        seen = _without_bias(layer, identity).float()
         wanted = dense[:, start : start + rows].to(device, torch.float32).t()
         error += float((seen - wanted).double().square().sum())
         size += float(wanted.double().square().sum())
     return error, size
+
+
+def _without_bias(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """The product alone: a bias added in 16 bits would round it."""
+    bias = getattr(layer, "bias", None)
+    if not isinstance(bias, torch.Tensor):
+        product: torch.Tensor = layer(rows)
+        return product
+    layer.bias = None  # type: ignore[assignment]
+    try:
+        product = layer(rows)
+    finally:
+        layer.bias = bias
+    return product

@@ -25,5 +25,7 @@ class Order(Frozen):
     """The run that makes them."""
     reference_note: str | None = None
     """Why there is none."""
+    replay: bool = True
+    """Whether a failure is replayed after the training; it costs a second load of the model."""
     note: str | None = None
     """A departure from what was asked that concerns the packed checkpoint."""

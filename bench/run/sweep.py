@@ -47,6 +47,8 @@ class Sweep:
     calibration_note: str | None = None
     """Why packed checkpoints are not made as asked."""
     force: bool = False
+    replay: bool = True
+    """Whether failures are replayed (see `Order`)."""
 
     def waiting(self) -> list[RunRequest]:
         """Runs that have no standing record yet, in order."""
@@ -63,6 +65,7 @@ class Sweep:
             model_folder=folder,
             packed_folder=packed,
             note=note,
+            replay=self.replay,
             **(_reference(request, self.memory_bytes) if request.fidelity else {}),
         )
 

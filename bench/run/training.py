@@ -120,7 +120,8 @@ def one_step(
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
         losses.append(micro_batch(trainer, batch, len(batches), memory if last else None, readings))
-    if on_first_backward:
+    # No gradient is owed where there was nothing to predict.
+    if on_first_backward and any(batch.loss_tokens for batch in batches):
         paused = now(trainer.devices)
         on_first_backward()
         began += now(trainer.devices) - paused

@@ -1,0 +1,72 @@
+"""Dead adapters: LoRA tensors that no gradient moves, found in the probes of the steps or in the proof.
+
+``dead_tensors(record)`` names them; ``bench.judge.stability`` makes the verdict. A gradient counts as zero
+where its norm is exactly zero and some of its values are: a norm that only underflowed in float32 has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bench.record.schema import Record, Step
+
+A, B = ".lora_A", ".lora_B"
+
+
+def dead_tensors(record: Record) -> tuple[str, ...] | None:
+    """Names of LoRA tensors that had a gradient of exactly zero in every measured step.
+
+    Of an A only steps count in which its B had left zero: those after an update that was applied and in which
+    B's gradient was not zero. None: the steps were not probed, so nothing is known tensor by tensor.
+    """
+    names = record.lora.names if record.lora else ()
+    probed = [step for step in record.steps if step.probe is not None]
+    if not names or not any(not step.warmup for step in probed):
+        return None
+    return tuple(_dead(names, probed))
+
+
+def unreached(record: Record) -> tuple[str, ...]:
+    """What the proof says of adapters that the first backward did not reach, one sentence each."""
+    if record.proof.gradients_reach_adapters is not False:
+        return ()
+    told = tuple(breach for breach in record.proof.breaches if "gradient" in breach)
+    return told or ("the first backward did not reach every adapter tensor",)
+
+
+def _dead(names: Sequence[str], probed: Sequence[Step]) -> Iterator[str]:
+    place_of = {name: place for place, name in enumerate(names)}
+    for name, place in place_of.items():
+        deciding = [step for step in probed if not step.warmup]
+        if name.endswith(A):
+            partner = place_of.get(name.removesuffix(A) + B)
+            moved = None if partner is None else _first_moved(partner, probed)
+            # B is still zero in the step that moves it.
+            deciding = [step for step in deciding if moved is not None and step.index > moved]
+        if deciding and all(_is_zero(step, place) for step in deciding):
+            yield name
+
+
+def _first_moved(place: int, probed: Sequence[Step]) -> int | None:
+    """The first step whose applied update moved the tensor away from where it began."""
+    moving = (step.index for step in probed if step.applied and _is_nonzero(step, place))
+    return next(moving, None)
+
+
+def _is_zero(step: Step, place: int) -> bool:
+    norm, zeros = _at(step, place)
+    return norm == 0 and zeros != 0
+
+
+def _is_nonzero(step: Step, place: int) -> bool:
+    norm, _ = _at(step, place)
+    return norm is not None and norm != 0
+
+
+def _at(step: Step, place: int) -> tuple[float | None, int | None]:
+    """Norm and zeros of one tensor in one step; None where the probe does not tell."""
+    probe = step.probe
+    if probe is None or place >= len(probe.tensor_norms):
+        return None, None
+    zeros = probe.zero_values[place] if place < len(probe.zero_values) else None
+    return probe.tensor_norms[place], zeros
