@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from bench.cli.backends import backends, check
+from bench.cli.diagnose import diagnose
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.margin import margin
 from bench.cli.reports import report, runs
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for command in (run, margin, triage, backends, check, report, runs):
+for command in (run, triage, margin, diagnose, backends, check, report, runs):
     cli.add_command(command)
 
 

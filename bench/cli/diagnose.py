@@ -39,8 +39,8 @@ def diagnose(
     FILE is a Trainer's trainer_state.json, LLaMA-Factory's trainer_log.jsonl, or console output with lines
     such as {'loss': 2.29, 'grad_norm': 0.39, ...}, whatever stands between them.
     """
-    from bench.judge.diagnosis import diagnose as diagnosed
-    from bench.record.foreign_logs import read_training_log
+    from bench.judge.logs.diagnosis import diagnose as diagnosed
+    from bench.record.logs.training_log import read_training_log
     from bench.show.diagnosis import diagnosis_document, diagnosis_text
 
     log = read_training_log(file)

@@ -1,0 +1,1 @@
+"""Reading the training logs of other programs."""
