@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.command import Command
 from tests.misbehaving import install
+
+
+def _keep_to_one_core() -> None:
+    """Under ``pytest -n``, each of its processes and all that it starts stay on a core of their own: torch
+    takes as many threads as there are cores, and two processes that share cores wait for each other's."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if worker.startswith("gw") and len(cores) > 1:
+        os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
+
+
+_keep_to_one_core()
 
 
 @pytest.fixture(scope="session")

@@ -193,17 +193,9 @@ class Replayer:
 
 
 def refined(failure: FirstFailure, replay: Replay) -> FirstFailure:
-    """The failure with what the replay taught: an operation that made an infinity out of finite values is
-    an overflow even where the probe saw NaN first."""
-    if not replay.reproduced or replay.operation is None or replay.value is None:
+    """The failure with its kind as the replay taught it: an operation that made an infinity out of finite
+    values is an overflow, even where the probe saw the NaN that came of it first."""
+    if not replay.reproduced or replay.value is None or failure.kind == "broken_weights":
         return failure
-    if failure.kind == "broken_weights":
-        return failure
-    overflow = math.isinf(replay.value)
-    kind = f"{replay.phase}_{'overflow' if overflow else 'invalid'}"
-    largest = (
-        f" from inputs of at most {replay.input_abs_max:.5g}" if replay.input_abs_max is not None else ""
-    )
-    made = "an infinity" if overflow else "NaN"
-    evidence = f"{failure.evidence}; replayed: {replay.description}, made {made}{largest}"
-    return FirstFailure.model_validate({**failure.model_dump(), "kind": kind, "evidence": evidence})
+    kind = f"{replay.phase}_{'overflow' if math.isinf(replay.value) else 'invalid'}"
+    return FirstFailure.model_validate({**failure.model_dump(), "kind": kind})
