@@ -28,6 +28,18 @@ from bench.record.schema import (
     Step,
     WorkloadFacts,
 )
+from bench.record.stability import (
+    Fidelity,
+    FirstFailure,
+    LayerFidelity,
+    Remedy,
+    Replay,
+    StepProbe,
+    StressedPair,
+    WeightError,
+)
+from bench.record.triage import Configuration, Confirmation, Rung, Triage
+from bench.record.triage import Evidence as Seen
 
 MIB = 2**20
 GIB = 2**30
@@ -275,16 +287,219 @@ def eight_backends(*, repeats: int = 1, cpu: bool = False, weights: str = "real"
     ]
 
 
-LITERALS = {"status", "stage", "phase", "dtype", "weights", "attention", "checkpointing", "padding"}
+# ---- what the probes saw --------------------------------------------------------------------------
+
+LAYERS = 28
+TENSORS = tuple(
+    f"model.layers.{layer}.{part}.lora_{half}"
+    for layer in range(LAYERS)
+    for part in ("self_attn.q_proj", "mlp.down_proj")
+    for half in "AB"
+)
+FAILING_MODULE = "model.layers.10.mlp.down_proj"
+
+
+def probe(index: int = 2, layers: int = LAYERS, **changes: Any) -> StepProbe:
+    """What a healthy step shows: A's gradients are exactly zero in step 0, for B is zero there."""
+    names = [name for name in TENSORS if int(name.split(".")[2]) < layers]
+    at_start = [index == 0 and name.endswith("lora_A") for name in names]
+    values: dict[str, Any] = {
+        "activation_abs_max": tuple(
+            (14.0 + 60 * layer) * (9 if layer == layers // 3 else 1) * (1 + 0.01 * index)
+            for layer in range(layers)
+        ),
+        "gradient_abs_max": tuple(3e-3 * 1.09 ** (layers - layer) for layer in range(layers)),
+        "tensor_norms": tuple(0.0 if zero else 0.02 + 0.001 * n for n, zero in enumerate(at_start)),
+        "non_finite_values": (0,) * len(names),
+        "zero_values": tuple(4096 if zero else 0 for zero in at_start),
+    }
+    return StepProbe(**(values | changes))
+
+
+def probed(made: Record, layers: int = LAYERS, **of_steps: StepProbe) -> Record:
+    """``made`` with a probe in every step; ``step_3=probe(...)`` replaces that of step 3."""
+    names = tuple(name for name in TENSORS if int(name.split(".")[2]) < layers)
+    own = {int(name.removeprefix("step_")): seen for name, seen in of_steps.items()}
+    looked_at = tuple(
+        step.model_copy(update={"probe": own.get(step.index, probe(step.index, layers))})
+        for step in made.steps
+    )
+    lora = made.lora.model_copy(update={"names": names, "tensors": len(names)}) if made.lora else None
+    return made.model_copy(update={"steps": looked_at, "lora": lora})
+
+
+def first_failure(**changes: Any) -> FirstFailure:
+    step, micro_batch = changes.get("step", 5), changes.get("micro_batch", 0)
+    values: dict[str, Any] = {
+        "kind": "forward_overflow",
+        "step": step,
+        "micro_batch": micro_batch,
+        "phase": "forward",
+        "module": FAILING_MODULE,
+        "tensor": "output",
+        "device": "cuda:0",
+        "value": math.inf,
+        "last_finite_abs_max": 61_440.0,
+        "history_abs_max": (20_480.0, 32_000.0, 61_440.0),
+        "dtype_max": 65_504.0,
+        "loss": math.nan,
+        "evidence": f"the output of {FAILING_MODULE} held an infinity in the forward of step {step}, "
+        f"micro-batch {micro_batch}; float16 ends at 65504, and the largest value there before was 61440",
+    }
+    return FirstFailure(**(values | changes))
+
+
+def replay(**changes: Any) -> Replay:
+    values: dict[str, Any] = {
+        "reproduced": True,
+        "phase": "forward",
+        "module": FAILING_MODULE,
+        "operation": "aten.mm",
+        "description": "a matrix product",
+        "value": math.inf,
+        "input_abs_max": 22_522.0,
+        "remedies": (
+            Remedy(
+                change="float32_adapters", detail="LoRA weights and products in float32", heals=False,
+                loss=math.nan, gradient_norm=math.nan, abs_max_there=math.inf,
+            ),
+            Remedy(change="attention", detail="attention 'eager' instead of 'sdpa'", heals=None,
+                   error="OutOfMemoryError: CUDA out of memory"),
+            Remedy(
+                change="bfloat16", detail="compute dtype bfloat16 instead of float16", heals=True,
+                loss=1.734, gradient_norm=0.912, abs_max_there=141_358.0,
+            ),
+        ),
+    }  # fmt: skip
+    return Replay(**(values | changes))
+
+
+def fidelity(cosine: float = 0.981, count: int = LAYERS, **changes: Any) -> Fidelity:
+    """Of a backend whose gradient has this cosine to the reference's."""
+
+    def of_layer(layer: int) -> LayerFidelity:
+        angle = min(1.0, (1 - cosine) * (0.7 + 0.6 * layer / count))
+        return LayerFidelity(cosine=1 - angle, norm_ratio=1 + angle / 4, relative_error=math.sqrt(2 * angle))
+
+    errors = tuple(
+        WeightError(
+            projection=name,
+            relative_error=error,
+            worst_module=f"model.layers.{LAYERS - 1}.{name}",
+            worst_relative_error=error * 1.3,
+        )
+        for name, error in (("q_proj", 0.0921), ("down_proj", 0.1004))
+    )
+    overall = of_layer(count // 2)
+    values: dict[str, Any] = {
+        "reference_dtype": "bfloat16",
+        "batch_digest": digest("fixed batch"),
+        "loss": 1.962,
+        "reference_loss": 1.912,
+        "overall": overall,
+        "layers": tuple(of_layer(layer) for layer in range(count)),
+        "weight_errors": errors,
+    }
+    return Fidelity(**(values | changes))
+
+
+def overflowing(backend: str = "gptq", **changes: Any) -> Record:
+    """A float16 run that overflows in the forward of step 5, with its first failure and replay."""
+    broken = tuple(
+        made if made.index < 5 else step(made.index, losses=(math.nan,), gradient_norm=math.nan, seconds=0.5)
+        for made in steps(backend)
+    )
+    seen = {
+        f"step_{index}": probe(
+            index,
+            activation_abs_max=(*probe().activation_abs_max[:10], *(math.inf,) * (LAYERS - 10)),
+            gradient_abs_max=(math.nan,) * LAYERS,
+        )
+        for index in (5, 6, 7)
+    }
+    values: dict[str, Any] = {
+        "steps": broken,
+        "trainable_weights_finite": False,
+        "quantization": quantization(backend, requested_dtype="float16", effective_dtype="float16"),
+        "first_failure": first_failure(),
+        "replay": replay(),
+        "ask": {"dtype": "float16"},
+    }
+    return probed(record(backend, **(values | changes)), **seen)
+
+
+def margin_runs(backend: str, bits: int, tried: tuple[int, ...] = (0, 24, 12)) -> list[Record]:
+    """The runs of a bisection in float16 that ends at so many ``bits``: 2**bits is finite, the next is not."""
+    module = "model.layers.9.mlp.down_proj"
+    failure = first_failure(step=0, module=module, evidence=f"the output of {module} held an infinity")
+    broken = tuple(step(index, losses=(math.nan,), gradient_norm=math.nan) for index in range(2))
+    made = []
+    for exponent in sorted({*tried, bits, min(bits + 1, 24)}):
+        values: dict[str, Any] = {
+            "ask": {"dtype": "float16", "workload": Workload(sequence_length=512, steps=2, warmup_steps=1)},
+            "quantization": quantization(backend, requested_dtype="float16", effective_dtype="float16"),
+            "steps": steps(backend, count=2),
+        }
+        if exponent:
+            values["ask"]["stress"] = {"model.layers.9.mlp.up_proj": 2.0**exponent}
+        if exponent > bits:
+            values |= {"steps": broken, "trainable_weights_finite": False, "first_failure": failure}
+        made.append(record(backend, **values))
+    return made
+
+
+def triage(text: str | None = None) -> Triage:
+    """A ladder whose third rung heals; ``text`` stands in every free string where it is given."""
+    bad = Seen(
+        key=text or "hqq-float16", outcome="completed", verdict=text or "non_finite", finite=False,
+        reason=text or "the loss is NaN at step 0", steps=4, failing_step=0, failing_module=text or FAILING_MODULE,
+    )  # fmt: skip
+    good = Seen(
+        key=text or "hqq-bfloat16", outcome="completed", verdict=text or "healthy", finite=True,
+        reason=text or "all losses are finite", steps=4, first_loss=1.93, last_loss=1.71,
+    )  # fmt: skip
+
+    def rung(name: str, kind: Any, seen: Seen | None, *, heals: bool | None, note: str | None = None) -> Rung:
+        return Rung(name=name, group=text or kind, kind=kind, change=text or name, settings={text or name: text},
+                    evidence=seen, heals=heals, note=note and (text or note))  # fmt: skip
+
+    rungs = (
+        rung("eager attention", "setting", bad, heals=False),
+        rung("no checkpointing", "setting", None, heals=None, note="not enough memory"),
+        rung("bfloat16", "precision", good, heals=True),
+    )
+    settings = Configuration(
+        target="python", title=text or "Transformers and PEFT", language="python",
+        text=text or "bnb_4bit_compute_dtype=torch.bfloat16",
+    )  # fmt: skip
+    return Triage(
+        command=text or "qlora-bench triage", backend=text or "hqq", model=text or "smollm2", weights="real",
+        requested_dtype=text or "float16", base=bad, cause=text or "overflow in the forward", rungs=rungs,
+        chosen="bfloat16", configurations=(settings,), ended_at=text or "2026-10-01T12:00:00Z",
+        confirmations=tuple(
+            Confirmation(rung=text or "bfloat16", seed=seed, unhealed=bad, healed=good) for seed in (0, 1, 2)
+        ),
+        conclusion=text or "the smallest change that heals it: bfloat16",
+    )  # fmt: skip
+
+
+LITERALS = {
+    "status", "stage", "phase", "dtype", "weights", "attention", "checkpointing", "padding", "precision",
+    "without_targets", "kind", "change",
+}  # fmt: skip
 
 
 def planted(text: str, **changes: Any) -> Record:
     """A record whose every free string, and every free key, holds ``text``."""
-    body = json.loads(record("hqq", **changes).model_dump_json())
+    found = {"first_failure": first_failure(), "replay": replay(), "fidelity": fidelity(note="")}
+    pair = StressedPair(scaled="up", compensated="down", factor=2.0, float32_difference=1e-7)
+    made = probed(record("hqq", **(found | {"stress": (pair,)} | changes)))
+    body = json.loads(made.model_dump_json())
     literals = {name: body["request"][name] for name in ("device", "calibration")}
     body = _plant(body, text)
     body["request"] |= literals
     body["request"]["lora"]["target_modules"] = ["q_proj"]
+    body["request"]["stress"] = {text: 2.0}
     body["environment"]["versions"][text] = text
     body["environment"]["changed_variables"][text] = text
     body["quantization"]["options"][text] = text
@@ -298,7 +513,8 @@ def _plant(value: Any, text: str, key: str = "") -> Any:
     if isinstance(value, list):
         texts = key in {"notes", "breaches", "quantization_libraries_imported"}
         return [text] if texts else [_plant(inner, text, key) for inner in value]
-    free = {"message", "stderr_tail", "note", "calibration", "commit", "allocator_settings", "data"}
-    if isinstance(value, str) and key not in LITERALS:
+    free = {"message", "stderr_tail", "note", "calibration", "commit", "allocator_settings", "data", "error"}
+    number = value in ("NaN", "Infinity", "-Infinity")
+    if isinstance(value, str) and key not in LITERALS and not number:
         return text
     return text if key in free else value

@@ -6,11 +6,29 @@ import shutil
 
 import pytest
 
+from bench.errors import BrokenFile
 from bench.judge.comparison import compare
-from bench.show.columns import COLUMNS, sections
+from bench.record.schema import Proof
+from bench.record.triage import save_triage
+from bench.show.columns import COLUMNS, MISSING, sections
 from bench.show.page import headline, page
 from bench.show.report import write_report
-from tests.record_factory import eight_backends, failed, memory, planted, record, step, steps
+from tests.record_factory import (
+    FAILING_MODULE,
+    eight_backends,
+    failed,
+    fidelity,
+    first_failure,
+    margin_runs,
+    memory,
+    overflowing,
+    planted,
+    probed,
+    record,
+    step,
+    steps,
+    triage,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = [
@@ -21,19 +39,19 @@ EVIL = "<script>alert(1)</script>"
 
 
 def realistic():
-    records = eight_backends()
-    broken = [
-        *steps("gptq")[:5],
-        *(step(i, losses=(math.nan,), gradient_norm=math.nan, seconds=0.5) for i in (5, 6, 7)),
-    ]
-    records[5] = record("gptq", steps=tuple(broken), trainable_weights_finite=False)
+    return compare(realistic_records())
+
+
+def realistic_records():
+    records = [probed(made).model_copy(update={"fidelity": fidelity()}) for made in eight_backends()]
+    records[5] = overflowing("gptq", ask={})
     records[4] = failed("hqq", "unavailable", "load", "hqq is not installed")
     records[7] = failed(
         "eetq", "out_of_memory", "train", "CUDA out of memory",
         steps=steps("eetq")[:2], memory=memory("eetq"),
         stderr_tail="Traceback\n  loss.backward()\ntorch.OutOfMemoryError",
     )  # fmt: skip
-    return compare(records)
+    return records
 
 
 # ---- text
@@ -107,12 +125,163 @@ def test_one_repeat_is_said_on_the_page():
 def test_every_section_is_there():
     text = page(realistic())
     titles = [
-        "Comparison", "Memory by phase", "Throughput", "Loss and gradient norm",
+        "Comparison", "Memory by phase", "Throughput", "Stability",
         "What was identical, and what was not", "Outcome of every run", "Environment", "Repeat it",
         "Raw records",
     ]  # fmt: skip
     for title in titles:
         assert re.search(rf"<h2[^>]*>{re.escape(title)}</h2>", text)
+
+
+# ---- stability
+
+
+def part(text, title):
+    """The text of the page from one heading to the next of the same or a higher rank."""
+    found = re.search(rf"<h([23])[^>]*>{re.escape(title)}</h\1>(.*?)(?=<h[23]|</section>)", text, flags=re.S)
+    return html.unescape(found.group(2)) if found else None
+
+
+def test_every_term_is_explained_where_it_stands():
+    scaled = record("eetq", repeat=1, steps=tuple(step(i, loss_scale=1024.0) for i in range(8)))
+    comparison = compare([*realistic_records(), scaled, *margin_runs("bnb-nf4", 11)])
+    text = page(comparison, triage=triage())
+    for title, terms in {
+        "Verdict of each run": ["<strong>Healthy</strong>:", "<strong>Poisoned</strong>:", "<strong>Dead</strong>:",
+                                "<strong>Non finite</strong>:", "<strong>Spiking</strong>:", "<strong>Not judged</strong>:"],
+        "Measures and thresholds": ["robust z", "loss is multiplied by a scale", "doubling in every layer",
+                                    "arXiv 2606.00539", "Iglewicz and Hoaglin", "this project's own"],
+        "Where it failed first": ["The replay is", "growth is"],
+        "What healed it": ["A change heals if"],
+        "Headroom": ["Headroom is log2 of"],
+        "Fidelity of the gradient": ["Fidelity is how near", "Cosine 1 is", "relative error is", "noise floor"],
+        "Stability margin": ["The margin is log2 of"],
+        "Triage of a failing run": ["with one thing changed each time"],
+    }.items():  # fmt: skip
+        for term in terms:
+            assert term in part(text, title), (title, term)
+
+
+def test_the_first_failure_stands_there_with_all_that_is_known():
+    text = part(page(realistic()), "Where it failed first")
+    for word in (
+        "overflow in the forward", "value: Infinity", "the dtype ends at 65,504", FAILING_MODULE, "cuda:0", "step 5",
+        "micro-batch 0", "largest value before: 61,440", "grown by a factor of 3.00", "aten.mm", "a matrix product",
+        "from inputs of at most 22,522",
+    ):  # fmt: skip
+        assert word in text
+    healed = part(page(realistic()), "What healed it")
+    assert "OutOfMemoryError" in healed
+    assert "141,358" in healed
+    assert re.findall(r"<td>(yes|no|could not be tried)<", healed) == ["no", "could not be tried", "yes"]
+
+
+def test_a_value_beyond_its_threshold_is_marked_in_words():
+    norms = [0.8, 0.7, 0.9, 0.8, 25.0, 0.7, 0.8, 0.9]
+    spiking = record("hqq", steps=tuple(step(i, gradient_norm=norm) for i, norm in enumerate(norms)))
+    text = part(page(compare([record("bf16"), spiking])), "Measures and thresholds")
+    marked = re.findall(
+        r'<td class="number beyond"><span class="cell">([^<]*)</span><span class="mark">beyond', text
+    )
+    assert len(marked) == 2
+    assert float(marked[0]) == pytest.approx(25 / 0.8, rel=0.01)
+    assert 'class="number beyond"' not in page(compare([record("bf16")]))
+
+
+def test_headroom_that_ran_out_is_not_hidden_behind_the_lowest_number():
+    text = part(page(realistic()), "Verdict of each run")
+    assert re.search(
+        r'<td class="number beyond"><span class="cell">not finite</span>.*?layer 10, step 5', text, flags=re.S
+    )
+    assert "else 3.66: forward, layer 9" in text
+
+
+def test_sections_without_data_leave_no_holes():
+    text = page(compare([record("bf16")]))
+    for title in ("Where it failed first", "What healed it", "Headroom", "Fidelity of the gradient",
+                  "Stability margin", "Triage of a failing run"):  # fmt: skip
+        assert part(text, title) is None
+    assert part(text, "Measures and thresholds") is not None
+    nothing = page(compare([failed("hqq", "unavailable", "load", "x")]))
+    assert part(nothing, "Measures and thresholds") is None
+    assert "not judged" in nothing
+
+
+def test_a_comparison_that_failed_says_why_and_shows_no_number():
+    made = record(
+        "hqq",
+        fidelity=fidelity(
+            overall=None, layers=(), weight_errors=(), reference_dtype=None, note="it does not fit"
+        ),
+    )
+    text = part(page(compare([made])), "Fidelity of the gradient")
+    assert "it does not fit" in text
+    assert "<svg" not in text
+    assert "0.0" not in text
+
+
+def test_runs_of_a_bisection_are_one_line_of_the_margins():
+    comparison = compare([*eight_backends(), *margin_runs("bnb-nf4", 11), *margin_runs("hqq", 24)])
+    text = page(comparison)
+    assert part(text, "Verdict of each run").count("<tr data-status") == 8
+    assert "7 runs that only narrow down a margin" in text
+    margins = part(text, "Stability margin")
+    assert re.findall(r'<td class="number">([^<]*)</td><td class="number">([^<]*)</td>\s*<td class="number">([^<]*)', margins) == [
+        ("11", "2,048", "4,096"), ("≥ 24", "16,777,216", MISSING),
+    ]  # fmt: skip
+    assert "first in model.layers.9.mlp.down_proj" in margins
+
+
+def test_the_ladder_shows_what_was_tried_what_healed_and_the_settings():
+    text = page(compare([overflowing()]), triage=triage())
+    ladder = part(text, "Triage of a failing run")
+    assert ladder.count("<tr") == 1 + len(triage().rungs) + 1 + len(triage().confirmations)
+    assert ladder.count('<tr class="chosen">') == 1
+    assert "the smallest change that heals it: bfloat16" in ladder
+    assert "not applicable: not enough memory" in ladder
+    assert "bnb_4bit_compute_dtype" in ladder
+
+
+def test_a_triage_in_the_folder_is_part_of_the_report(tmp_path):
+    save_triage(tmp_path, triage())
+    files = write_report(realistic(), tmp_path)
+    assert "Triage of a failing run" in files.html.read_text(encoding="utf-8")
+    assert "The ladder of changes" in files.markdown.read_text(encoding="utf-8")
+    (tmp_path / "triage.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(BrokenFile):
+        write_report(realistic(), tmp_path)
+
+
+def test_a_scaler_at_work_is_nothing_that_went_wrong():
+    found = list(steps("hqq"))
+    found[0] = step(0, applied=False, gradient_norm=math.inf, loss_scale=65536.0)
+    text = headline(compare([record("hqq", steps=tuple(found))]))
+    assert "What went wrong: Nothing; every run completed; every loss stayed finite" in text
+    assert "the loss scaler skipped 1 update, its work" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"proof": Proof(gradients_reach_adapters=False)}, "dead: adapters that no gradient moves"),
+        ({"steps": (*steps("hqq")[:7], step(7, gradient_norm=99.0))}, "spiking: a norm or loss far beyond"),
+        ({"weights": "synthetic", "steps": (*steps("hqq")[:7], step(7, gradient_norm=99.0))}, "beyond its threshold: norm over mean before, robust z"),
+        ({"first_failure": first_failure(loss=1.0)}, "non finite: NaN or infinity in a loss or a gradient"),
+    ],
+)  # fmt: skip
+def test_every_bad_verdict_is_in_the_headline(changes, words):
+    assert words in headline(compare([record("hqq", **changes)]))
+
+
+def test_long_lists_of_numbers_are_one_line_of_the_raw_record():
+    shown = re.findall(
+        r'<details class="record">.*?<pre[^>]*>(.*?)</pre>',
+        page(compare([probed(record("hqq"))])),
+        flags=re.S,
+    )
+    lines = [line for line in html.unescape(shown[0]).splitlines() if "tensor_norms" in line]
+    assert len(lines) == 8
+    assert all(line.count(",") > 100 for line in lines)
 
 
 def test_nothing_outside_the_page_is_named_to_be_loaded():
@@ -128,7 +297,7 @@ def test_nothing_outside_the_page_is_named_to_be_loaded():
     "changes", [{}, {"status": "crashed", "stage": "train"}, {"cpu": True, "weights": "synthetic"}]
 )
 def test_a_script_in_any_string_is_inert(changes):
-    text = page(compare([planted(EVIL, **changes), record("bf16")]))
+    text = page(compare([planted(EVIL, **changes), record("bf16")]), triage=triage(EVIL))
     assert EVIL not in text
     assert html.escape(EVIL) in text
     assert text.lower().count("<script") == 1
@@ -194,8 +363,10 @@ def opened(browser, path, **options):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    comparison = realistic()
-    return comparison, write_report(comparison, tmp_path_factory.mktemp("report")).html
+    comparison = compare([*realistic_records(), *margin_runs("hqq", 24)])
+    folder = tmp_path_factory.mktemp("report")
+    save_triage(folder, triage())
+    return comparison, write_report(comparison, folder).html
 
 
 def column_of(tab, place):
@@ -245,13 +416,14 @@ def test_sorting_by_number_puts_what_is_missing_last_both_ways(browser, written)
 
 
 def test_filtering_by_outcome(browser, written):
-    tab, _ = opened(browser, written[1])
+    comparison, path = written
+    tab, _ = opened(browser, path)
     tab.get_by_role("button", name="out of memory").click()
     rows = tab.locator("#comparison-table tbody tr[data-status]:visible")
     assert rows.count() == 1
     assert "eetq" in rows.first.inner_text()
     tab.get_by_role("button", name="All", exact=True).click()
-    assert tab.locator("#comparison-table tbody tr[data-status]:visible").count() == 8
+    assert tab.locator("#comparison-table tbody tr[data-status]:visible").count() == len(comparison.rows)
     tab.close()
 
 
@@ -268,9 +440,12 @@ def test_copying_a_command(browser, written):
 
 def test_without_javascript_all_is_there(browser, written):
     context = browser.new_context(java_script_enabled=False)
-    tab, _ = opened(context, written[1])
-    assert tab.locator("#comparison-table tbody tr[data-status]").count() == 8
-    assert tab.locator(".command code").count() == 8
+    comparison, path = written
+    tab, _ = opened(context, path)
+    assert tab.locator("#comparison-table tbody tr[data-status]").count() == len(comparison.rows)
+    assert tab.locator(".command code").count() == len(comparison.rows)
+    assert tab.locator("#verdicts tbody tr").count() == 8
+    assert tab.locator("#stability svg[role=img][aria-label]").count() == 6
     context.close()
 
 
@@ -282,6 +457,7 @@ def test_planted_scripts_do_not_run(browser, tmp_path):
         "$\\frac{1}{2}$ {{ 7*7 }}",
     ]
     for number, text in enumerate(texts):
+        save_triage(tmp_path / str(number), triage(text))
         files = write_report(compare([planted(text), record("bf16")]), tmp_path / str(number))
         tab, faults = opened(browser, files.html)
         assert tab.evaluate("document.scripts.length") == 1

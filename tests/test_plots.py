@@ -7,11 +7,23 @@ import pytest
 
 from bench.judge.comparison import compare
 from bench.record.schema import Memory
+from bench.record.stability import LayerFidelity
 from bench.show.drawing import STYLES, assign_styles
 from bench.show.plots import plots
-from tests.record_factory import eight_backends, failed, memory, record, step, steps
+from tests.record_factory import (
+    eight_backends,
+    failed,
+    fidelity,
+    margin_runs,
+    memory,
+    probed,
+    record,
+    step,
+    steps,
+)
 
 NAMES = ["memory-by-phase", "bytes-by-kind", "step-time", "throughput", "loss", "gradient-norm"]
+STABILITY = ["headroom-forward", "headroom-backward", "gradient-fidelity", "margin"]
 
 
 def named(comparison):
@@ -29,14 +41,26 @@ def test_all_figures_are_well_formed_and_said_in_words():
         ElementTree.fromstring(plot.standalone.split("?>", 1)[1].strip())
 
 
+def everything():
+    compared = [probed(made).model_copy(update={"fidelity": fidelity()}) for made in eight_backends()]
+    return compare([*compared, *margin_runs("hqq", 11)])
+
+
+def test_what_the_probes_and_the_margins_gave_is_drawn_too():
+    found = plots(everything())
+    assert [plot.name for plot in found] == NAMES + STABILITY
+    for plot in found:
+        ElementTree.fromstring(plot.svg)
+
+
 def test_equal_data_gives_equal_bytes():
-    first, second = plots(compare(eight_backends())), plots(compare(eight_backends()))
+    first, second = plots(everything()), plots(everything())
     assert [plot.svg for plot in first] == [plot.svg for plot in second]
 
 
 def test_figures_bring_no_style_no_font_and_no_date_and_share_no_id():
     ids = []
-    for plot in plots(compare(eight_backends())):
+    for plot in plots(everything()):
         assert "style" not in plot.svg
         assert "<metadata" not in plot.svg
         assert "DejaVu" not in plot.svg
@@ -135,6 +159,58 @@ def test_a_legend_of_long_names_stays_inside_its_figure():
     assert len(entries) == 6
     for start, text in entries:
         assert 0 <= float(start) <= width - 5 * len(text)
+
+
+# ---- fidelity and margins
+
+
+def of_errors(errors):
+    return tuple(LayerFidelity(cosine=0.9, norm_ratio=1.0, relative_error=error) for error in errors)
+
+
+def test_fidelity_is_a_line_of_errors_by_layer_said_in_words():
+    made = record("hqq", fidelity=fidelity(layers=of_errors([0.1, 0.4, 0.2])))
+    plot = named(compare([made, record("bf16")]))["gradient-fidelity"]
+    assert plot.alternative == "Relative error of the LoRA gradient by decoder layer. hqq 0.100 to 0.400."
+    assert STYLES["hqq"].color in plot.svg.lower()
+    assert STYLES["bf16"].color not in plot.svg.lower()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_layers_that_are_not_finite_are_crosses_and_those_without_a_value_gaps(bad):
+    whole = named(compare([record("hqq", fidelity=fidelity(layers=of_errors([0.1, 0.2, 0.3])))]))
+    broken = named(compare([record("hqq", fidelity=fidelity(layers=of_errors([0.1, bad, None])))]))
+    assert "1 of 3 layers not finite" in broken["gradient-fidelity"].alternative
+    assert len(markers(broken["gradient-fidelity"].svg)) == len(markers(whole["gradient-fidelity"].svg)) + 1
+    assert "gradient-fidelity" not in named(compare([record("hqq", fidelity=fidelity(layers=()))]))
+
+
+def test_margins_are_bars_with_their_bits_and_a_sign_where_they_are_bounds():
+    plot = named(compare([*margin_runs("hqq", 11), *margin_runs("bnb-nf4", 24)]))["margin"]
+    assert plot.alternative == "Stability margin. hqq, fp16: 11 bits; bnb-nf4, fp16: ≥ 24 bits."
+    assert ">11</text>" in plot.svg
+    assert ">≥ 24</text>" in plot.svg
+
+
+def test_runs_of_a_bisection_do_not_hide_the_backends():
+    drawn = named(compare([record("hqq"), record("bf16"), *margin_runs("hqq", 11)]))
+    assert drawn["loss"].alternative.count(" from ") == 2
+    assert "stress" not in drawn["loss"].svg
+    # A bisection alone has its control to show.
+    alone = named(compare(margin_runs("hqq", 11)))
+    assert alone["loss"].alternative.count(" from ") == 1
+
+
+def test_two_factors_are_no_bisection_and_both_are_drawn():
+    two = margin_runs("hqq", 24, tried=(0,))
+    assert named(compare(two))["loss"].alternative.count(" from ") == 2
+
+
+def test_a_name_longer_than_the_figure_is_elided_in_it():
+    ask = {"stress": {f"model.layers.{layer}.mlp.up_proj": 2.0 for layer in range(9)}}
+    found = named(compare([record("hqq", ask=ask), record("hqq")]))
+    assert "hqq (stress.model.la…lp.up_proj=2.0)" in found["memory-by-phase"].svg
+    assert "up_proj=2.0)" in found["loss"].svg
 
 
 def test_pyplot_and_its_global_state_stay_out():

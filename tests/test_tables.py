@@ -8,7 +8,19 @@ from rich.console import Console
 from bench.judge.comparison import compare
 from bench.show.columns import COLUMNS, MISSING, number, sections
 from bench.show.tables import csv, escaped, markdown, terminal_table
-from tests.record_factory import eight_backends, failed, record, step
+from tests.record_factory import (
+    FAILING_MODULE,
+    eight_backends,
+    failed,
+    fidelity,
+    margin_runs,
+    overflowing,
+    planted,
+    probed,
+    record,
+    step,
+    triage,
+)
 
 
 def mixed():
@@ -70,7 +82,7 @@ def test_repeats_show_their_range():
 
 def test_markdown_has_a_line_for_each_backend_and_marks_within_the_group():
     text = markdown(compare(eight_backends()))
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in text.partition("**Stability**")[0].splitlines() if line.startswith("| ")]
     assert len(lines) == 9
     assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
     assert "**2,412**" in text
@@ -81,6 +93,85 @@ def test_markdown_is_not_broken_by_what_a_message_holds():
     text = markdown(mixed())
     assert "\\| \\[red\\]" in text
     assert escaped("a|b\n<script>`x`") == "a\\|b &lt;script&gt;\\`x\\`"
+
+
+def table_below(text, title):
+    """Rows of the Markdown table below a title, cells stripped."""
+    block = text.split(f"**{title}**", 1)[1].strip().split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+
+
+def test_markdown_has_the_verdicts_with_their_evidence_and_the_first_failure():
+    text = markdown(compare([probed(record("bf16")), overflowing()]))
+    assert (
+        "- gptq: poisoned: the trained weights are not all finite after the last step; the loss is NaN at step 5"
+        in text
+    )
+    measures = table_below(text, "Measures beside their thresholds")
+    ratio = [cell.startswith("norm over mean before (at most 8)") for cell in measures[0]].index(True)
+    assert measures[2][0] == "bf16"
+    assert float(measures[2][ratio]) < 8
+    assert [cell for cell in measures[3] if cell.endswith("beyond")] == ["1 beyond", "3 beyond", "1 beyond"]
+    assert "arXiv 2606.00539" in text
+    (failure,) = table_below(text, "Where each run failed first")[2:]
+    assert failure[0] == "gptq"
+    for word in (
+        "overflow in the forward",
+        FAILING_MODULE,
+        "step 5; micro-batch 0; forward",
+        "61,440",
+        "aten.mm",
+    ):
+        assert word in "; ".join(failure)
+    healed = table_below(text, "What healed the failing micro-batch")[2:]
+    assert [line[2] for line in healed] == [
+        "no",
+        "could not be tried (OutOfMemoryError: CUDA out of memory)",
+        "yes",
+    ]
+
+
+def test_markdown_has_fidelity_margins_and_the_triage_where_there_are_any():
+    comparison = compare([record("bf16", fidelity=fidelity(0.99998)), *margin_runs("hqq", 11)])
+    text = markdown(comparison, triage())
+    assert table_below(text, "LoRA gradient beside the unquantized model's, on one fixed batch")[2][:3] == [
+        "bf16",
+        "bfloat16",
+        "0.99998",
+    ]
+    margins = table_below(text, "Stability margin: log2 of the largest factor that stays finite")
+    assert margins[2][3:6] == ["11", "2,048", "4,096"]
+    ladder = table_below(text, "The ladder of changes")
+    assert [line[2] for line in ladder[2:]] == ["no", MISSING, "yes"]
+    assert ladder[4][0] == "bfloat16 (chosen)"
+    plain = markdown(compare([record("bf16")]))
+    for title in ("**LoRA gradient", "**Stability margin", "**Triage", "failed first**", "**What healed"):
+        assert title not in plain
+
+
+def test_markdown_of_stability_is_not_broken_by_what_records_hold():
+    evil = "a|b\n**x** <script>"
+    text = markdown(compare([planted(evil), record("bf16")]), triage(evil))
+    assert "<script>" not in text
+    assert "**x**" not in text
+    failures = table_below(text, "Where each run failed first")
+    assert {line.count("|") for line in text.split("**Where each run failed first**")[1].strip().split("\n\n")[0]
+            .replace("\\|", "").splitlines()} == {7}  # fmt: skip
+    assert failures
+
+
+def test_csv_has_the_first_failure_and_the_lowest_headroom():
+    lines = list(
+        standard_csv.DictReader(
+            io.StringIO(csv(compare([probed(record("bf16", fidelity=fidelity())), overflowing()])))
+        )
+    )
+    assert lines[1]["first_failure_module"] == FAILING_MODULE
+    assert (lines[1]["first_failure_step"], lines[1]["first_failure_kind"]) == ("5", "forward_overflow")
+    assert lines[0]["first_failure_step"] == ""
+    assert float(lines[0]["lowest_headroom_bits"]) > 100
+    assert float(lines[0]["gradient_cosine"]) == pytest.approx(0.981)
+    assert lines[1]["gradient_cosine"] == ""
 
 
 def test_csv_has_raw_values_empty_for_missing_and_words_for_what_is_not_finite():

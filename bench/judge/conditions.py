@@ -104,6 +104,9 @@ CHECKS = (
         for group, model in (("workload", Workload), ("lora", Lora), ("optimizer", Optimizer))
         for field in model.model_fields
     ),
+    # The function stays the same, and the numbers on the way, the subject of the comparison, do not.
+    Check("layers rescaled by --stress", "breaking", "request.stress"),
+    Check("every operation watched (--trace)", "declared", "request.trace"),
     Check("requested dtype", "declared", "request.dtype"),
     Check("effective dtype", "declared", "quantization.effective_dtype"),
     Check("harness commit", "declared", "environment.commit"),
@@ -145,6 +148,8 @@ def _who(members: Sequence[Row], rows: Sequence[Row]) -> tuple[str, ...]:
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} x {_text(part)}" for name, part in value.items()) or "none"
     if isinstance(value, tuple):
         return counted(part.name if isinstance(part, Device) else str(part) for part in value)
     return str(value)

@@ -10,6 +10,10 @@ from bench.judge.rows import Row
 
 FEW_STEPS = 5
 """Fewer measured steps than this are warned about."""
+LOW_HEADROOM_BITS = 2.0
+"""Less headroom than this, a factor of four, is warned about. This project's own: SmolLM2-135M keeps 1.5 bits
+in float16 on ordinary English text and trains, while other models that came as near overflowed or not by the
+rounding of their quantization (Kimi-Dev-72B, turboderp-org/exllamav3#52)."""
 UNSTEADY_FACTOR = 1.5
 """Slowest over fastest measured step: above this, something else may have used the machine."""
 
@@ -115,9 +119,29 @@ def _of_a_run(row: Row) -> Iterator[str]:
             f"the loss scaler skipped the update in {row.skipped_updates} of {len(row.record.steps)} steps. "
             "Use --dtype bfloat16 where the backend takes it."
         )
+    yield from _of_the_probes(row)
     later, peak = row.steps_peak_reserved_bytes, row.peak_memory_bytes
     if later is not None and peak is not None and later > peak:
         yield (
             f"a later step reserved {later / 2**30:.2f} GiB, more than the {peak / 2**30:.2f} GiB of the "
             "step whose phases were read. Leave room for the higher figure."
         )
+
+
+def _of_the_probes(row: Row) -> Iterator[str]:
+    """What the probes of the steps, their cost, and the comparison with a reference leave open."""
+    lowest = row.headroom.lowest if row.headroom else None
+    if row.headroom and lowest and (lowest.cell.bits or 0.0) < LOW_HEADROOM_BITS:
+        what = "activations" if lowest.direction == "forward" else "gradients"
+        yield (
+            f"only {lowest.cell.bits:.2f} bits of headroom in {row.headroom.dtype} ({what} of layer "
+            f"{lowest.layer} at step {lowest.step}, largest value {lowest.cell.abs_max:.5g}): other text or "
+            "other weights may overflow there. Use --dtype bfloat16 where the backend takes it."
+        )
+    if row.record.request.trace:
+        yield (
+            "every linear, norm and attention was watched (--trace), so step times include the watching. "
+            "Compare speeds without it."
+        )
+    if row.record.fidelity and row.record.fidelity.note:
+        yield f"gradients beside the reference's: {row.record.fidelity.note}"

@@ -6,14 +6,16 @@ median over it is NaN.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from bench.judge.stability import Verdict, is_finite_step, judge_stability, measured_steps
+from bench.judge.headroom import Headroom, find_headroom
+from bench.judge.labels import labels_of
+from bench.judge.scaler import is_finite_step
+from bench.judge.stability import Verdict, judge_stability, measured_steps
 from bench.record.schema import BytesByKind, MemoryReading, Record, Step
 
 TRAINING_PHASES = ("forward", "backward", "optimizer_step")
@@ -65,6 +67,12 @@ class Row:
     """Kind of tensor, as the record names it -> bytes on all devices."""
     storage_bits_per_weight: float | None
     effective_dtype: str | None
+    headroom: Headroom | None
+    """None: no step was probed."""
+    lowest_headroom_bits: float | None
+    """Of the finite cells; whether some were not finite, ``headroom.non_finite`` says."""
+    gradient_cosine: float | None
+    """Between the whole LoRA gradient and the reference's on one fixed batch."""
 
     @property
     def repeat(self) -> int:
@@ -84,7 +92,7 @@ class Row:
 
 def make_rows(records: Sequence[Record]) -> tuple[Row, ...]:
     """A row for each record, in the same order."""
-    labels = _labels(records)
+    labels = labels_of(records)
     runs = Counter(labels)
     names = (
         label if runs[label] == 1 else f"{label} (repeat {record.request.repeat})"
@@ -102,6 +110,9 @@ def _row(record: Record, label: str, name: str) -> Row:
     norms = [step.gradient_norm for step in measured]
     losses = [step_loss(step) for step in record.steps if step.losses]
     peaks = _device_peaks(record.memory.readings)
+    headroom = find_headroom(record)
+    lowest = headroom.lowest if headroom else None
+    overall = record.fidelity.overall if record.fidelity else None
     return Row(
         record=record,
         label=label,
@@ -125,6 +136,9 @@ def _row(record: Record, label: str, name: str) -> Row:
         tensor_bytes=_tensor_bytes(record.memory.bytes_by_kind),
         storage_bits_per_weight=record.quantization.storage_bits_per_weight if record.quantization else None,
         effective_dtype=record.quantization.effective_dtype if record.quantization else None,
+        headroom=headroom,
+        lowest_headroom_bits=lowest.cell.bits if lowest else None,
+        gradient_cosine=overall.cosine if overall else None,
     )
 
 
@@ -183,49 +197,3 @@ def _highest(values: Sequence[float]) -> float | None:
 def largest(values: Iterable[int | None]) -> int | None:
     """The largest of those that were observed."""
     return max((value for value in values if value is not None), default=None)
-
-
-# ---- names ---------------------------------------------------------------------------------------
-
-
-def _labels(records: Sequence[Record]) -> list[str]:
-    """The backend's id, with what sets it apart where one backend has several kinds of request."""
-    by_backend: dict[str, list[dict[str, str]]] = {}
-    asked = [_flat(_lasting(record)) for record in records]
-    for own in asked:
-        by_backend.setdefault(own["backend"], []).append(own)
-    telling = {backend: _telling_apart(siblings) for backend, siblings in by_backend.items()}
-    labels = []
-    for own in asked:
-        apart = [f"{path.rsplit('.', 1)[-1]}={own.get(path, 'unset')}" for path in telling[own["backend"]]]
-        labels.append(f"{own['backend']} ({', '.join(apart)})" if apart else own["backend"])
-    return labels
-
-
-def _lasting(record: Record) -> dict[str, Any]:
-    """All of a request but what changes from repeat to repeat, and what no result depends on."""
-    return record.request.model_dump(mode="json", exclude={"seed", "repeat", "timeout_seconds", "preset"})
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted path -> value in words."""
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            found[prefix + name] = "unset" if value is None else text
-    return found
-
-
-def _telling_apart(siblings: Sequence[Mapping[str, str]]) -> list[str]:
-    """The first few paths that tell apart all siblings that differ at all."""
-    chosen: list[str] = []
-    kinds = 1
-    for path in dict.fromkeys(path for sibling in siblings for path in sibling):
-        split = len({tuple(sibling.get(p) for p in (*chosen, path)) for sibling in siblings})
-        if split > kinds:
-            chosen.append(path)
-            kinds = split
-    return chosen

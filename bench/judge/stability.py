@@ -1,35 +1,46 @@
 """The verdict on one run: did the losses, the gradients and the trained weights survive?
 
-``judge_stability(record)`` gives a word and the evidence for it in one sentence. A run whose values are
-not finite is a completed run with a bad verdict, not a failed run: it ran, and that is its result.
+``judge_stability(record)`` gives a word, a sentence that says why, and the evidence: every measure beside
+its threshold (``bench.judge.thresholds``). A run whose values are not finite is a completed run with a bad
+verdict, not a failed run: it ran, and that is its result.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from bench.judge.dead import dead_tensors, unreached
+from bench.judge.depth import find_growth
+from bench.judge.evidence import gather
+from bench.judge.location import first_failure
+from bench.judge.scaler import failing_steps, skipped_share, skips_at_the_end
+from bench.judge.step_spikes import loss_rise, norm_spike
+from bench.judge.thresholds import SKIP_RATE, Evidence
 from bench.record.schema import Record, Step
 
-VerdictName = Literal["poisoned", "non_finite", "dead", "not_judged", "healthy"]
+VerdictName = Literal["poisoned", "non_finite", "dead", "spiking", "not_judged", "healthy"]
 GRAVITY: tuple[VerdictName, ...] = get_args(VerdictName)
 """Gravest first."""
-BAD: frozenset[VerdictName] = frozenset(("poisoned", "non_finite", "dead"))
+BAD: frozenset[VerdictName] = frozenset(("poisoned", "non_finite", "dead", "spiking"))
 """What speaks against training like this."""
 
 SYNTHETIC = (
     "weights are synthetic: random values have no outliers, so nothing about stability can be concluded"
 )
 MEASURED_STEPS_NEEDED = 2
+NAMED_TENSORS = 3
+"""Dead tensors that are named; the rest is counted."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word for the stability of a run, and the evidence for it in one plain sentence."""
+    """A word for the stability of a run, why in a plain sentence, and every measure beside its threshold."""
 
     verdict: VerdictName
     reason: str
+    evidence: tuple[Evidence, ...] = ()
 
 
 def judge_stability(record: Record) -> Verdict:
@@ -37,20 +48,27 @@ def judge_stability(record: Record) -> Verdict:
 
     Synthetic weights are never judged, but what went wrong in such a run is still told in the reason.
     """
-    fault = _poisoned(record) or _non_finite(record) or _dead(record)
+    return replace(_judged(record), evidence=gather(record))
+
+
+def _judged(record: Record) -> Verdict:
+    fault = _poisoned(record) or _non_finite(record) or _dead(record) or _spiking(record)
     if record.request.model.weights == "synthetic":
         return Verdict("not_judged", SYNTHETIC if fault is None else f"{SYNTHETIC}; even so, {fault.reason}")
     if fault is not None:
         return fault
     if record.status != "completed":
-        return Verdict("not_judged", f"the run did not complete ({record.status})")
+        told = first_failure(record)
+        return Verdict(
+            "not_judged", f"the run did not complete ({record.status})" + (f"; {told}" if told else "")
+        )
     measured = measured_steps(record)
     if len(measured) < MEASURED_STEPS_NEEDED:
         return Verdict(
             "not_judged",
             f"{len(measured)} measured step(s), and a verdict needs {MEASURED_STEPS_NEEDED}",
         )
-    return _healthy(record, measured)
+    return _healthy(record)
 
 
 def measured_steps(record: Record) -> tuple[Step, ...]:
@@ -58,61 +76,149 @@ def measured_steps(record: Record) -> tuple[Step, ...]:
     return tuple(step for step in record.steps if not step.warmup)
 
 
-def is_finite_step(step: Step) -> bool:
-    """Whether every loss and the gradient norm of a step are finite."""
-    return math.isfinite(step.gradient_norm) and all(math.isfinite(loss) for loss in step.losses)
+def spelt(value: float) -> str:
+    """A number that is not finite, as the records spell it."""
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+# ---- poisoned, not finite ------------------------------------------------------------------------
 
 
 def _poisoned(record: Record) -> Verdict | None:
     if record.trainable_weights_finite is not False:
         return None
     first = _non_finite(record)
-    origin = f"; {first.reason}" if first else "; every loss and gradient norm on the way was finite"
-    return Verdict("poisoned", f"the trained weights are not all finite after the last step{origin}")
+    origin = first.reason if first else "every loss and gradient norm on the way was finite"
+    return Verdict("poisoned", f"the trained weights are not all finite after the last step; {origin}")
 
 
 def _non_finite(record: Record) -> Verdict | None:
-    bad = [step for step in record.steps if not is_finite_step(step)]
-    if not bad:
+    what = _failing_steps(record) or _loaded_broken(record) or _inside(record) or _unscaled(record)
+    if what is None:
         return None
-    first = bad[0]
+    told = first_failure(record)
+    return Verdict("non_finite", f"{what}; {told}" if told else what)
+
+
+def _failing_steps(record: Record) -> str | None:
+    failing = failing_steps(record.steps)
+    if not failing:
+        return None
+    first = failing[0]
     # The loss comes before the gradient in a step, so it is the earlier evidence.
     losses = [loss for loss in first.losses if not math.isfinite(loss)]
     name, value = ("loss", losses[0]) if losses else ("gradient norm", first.gradient_norm)
     skipped = "" if first.applied else ", whose update the loss scaler skipped"
-    return Verdict(
-        "non_finite",
+    return (
         f"the {name} is {spelt(value)} at step {first.index}{skipped} "
-        f"({len(bad)} of {len(record.steps)} steps are not finite)",
+        f"({len(failing)} of {len(record.steps)} steps are not finite)"
     )
 
 
-def spelt(value: float) -> str:
-    """A number that is not finite, as the records spell it."""
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+def _loaded_broken(record: Record) -> str | None:
+    if record.proof.weights_finite is not False:
+        return None
+    named = "; ".join(record.proof.non_finite_weights[:NAMED_TENSORS])
+    return "the frozen weights are not all finite as loaded" + (f" ({named})" if named else "")
+
+
+def _inside(record: Record) -> str | None:
+    """A value inside the model that was not finite and that no scaler spared, whatever the loss says."""
+    failure = record.first_failure
+    if failure is None or failure.value is None or failure.skipped_by_scaler:
+        return None
+    return "a value inside the model is not finite, though every loss and gradient norm recorded is"
+
+
+def _unscaled(record: Record) -> str | None:
+    """Updates that the scaler skipped beyond what its work explains."""
+    steps, skipped = record.steps, sum(not step.applied for step in record.steps)
+    if not skipped:
+        return None
+    if skipped == len(steps):
+        return f"nothing was trained: the loss scaler skipped all {skipped} updates"
+    last = skips_at_the_end(steps)
+    if last:
+        which = "the last update" if last == 1 else f"the last {last} updates"
+        return f"the loss scaler skipped {which}, so no finite gradient was seen from then on"
+    share, measured = skipped_share(steps), measured_steps(record)
+    if share is not None and share > SKIP_RATE.value:
+        count = sum(not step.applied for step in measured)
+        return (
+            f"too little was trained: the loss scaler skipped {count} of {len(measured)} measured updates, "
+            f"more than {SKIP_RATE.value:.0%}"
+        )
+    return None
+
+
+# ---- dead, spiking, healthy ----------------------------------------------------------------------
 
 
 def _dead(record: Record) -> Verdict | None:
+    told = unreached(record)
+    if told:
+        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+        return Verdict("dead", f"gradients do not reach every adapter: {told[0]}{more}")
     measured = measured_steps(record)
     # A run that ended early has shown too little to be called dead.
-    if record.status != "completed" or not measured or any(step.gradient_norm != 0 for step in measured):
+    if record.status != "completed" or not measured:
         return None
+    if all(step.gradient_norm == 0 for step in measured):
+        return Verdict(
+            "dead",
+            f"the gradient norm is exactly 0 in all {len(measured)} measured steps, "
+            f"from step {measured[0].index} on",
+        )
+    dead = dead_tensors(record)
+    if not dead:
+        return None
+    named = ", ".join(dead[:NAMED_TENSORS]) + (f" and {len(dead) - NAMED_TENSORS} more"
+                                               if len(dead) > NAMED_TENSORS else "")  # fmt: skip
     return Verdict(
-        "dead",
-        f"the gradient norm is exactly 0 in all {len(measured)} measured steps, "
-        f"from step {measured[0].index} on",
+        "dead", f"the gradient of {len(dead)} LoRA tensor(s) is exactly 0 in every measured step: {named}"
     )
 
 
-def _healthy(record: Record, measured: tuple[Step, ...]) -> Verdict:
-    norms = [step.gradient_norm for step in measured]
+def _spiking(record: Record) -> Verdict | None:
+    found = []
+    rise, spike = loss_rise(record.steps), norm_spike(record.steps)
+    if rise is not None and rise.exceeds:
+        found.append(
+            f"the loss rose from {rise.start:.3g} to {rise.loss:.3g} at step {rise.step}, "
+            f"by more than {rise.allowed:.2g} nats"
+        )
+    if spike is not None and spike.exceeds:
+        found.append(
+            f"the gradient norm jumped to {spike.norm:.3g} at step {spike.step}, "
+            f"{spike.ratio:.3g} times the mean of the norms before it"
+        )
+    for growth in find_growth(record):
+        if growth.exceeds:
+            what = "activations grow" if growth.direction == "forward" else "gradients grow"
+            found.append(
+                f"{what} by a factor of {math.exp(growth.exponent):.3g} in every layer at step {growth.step} "
+                f"(from {growth.first_abs_max:.3g} to {growth.last_abs_max:.3g})"
+            )
+    return Verdict("spiking", "; ".join(found)) if found else None
+
+
+def _healthy(record: Record) -> Verdict:
+    skipped = sum(not step.applied for step in record.steps)
+    # A skipped step's norm is not finite, and it moved nothing: the range is of those that trained.
+    norms = [step.gradient_norm for step in measured_steps(record) if step.applied]
     weights = (
         "the trained weights are finite"
         if record.trainable_weights_finite
         else "the trained weights were not checked"
     )
+    scaler = (
+        f"; the loss scaler skipped {skipped} of {len(record.steps)} updates, which is its work"
+        if skipped
+        else ""
+    )
+    applied = f"{len(record.steps) - skipped} applied" if skipped else f"{len(record.steps)}"
     return Verdict(
         "healthy",
-        f"all losses and gradient norms of {len(record.steps)} steps are finite "
-        f"(measured norms {min(norms):.3g} to {max(norms):.3g}), and {weights}",
+        f"all losses and gradient norms of {applied} steps are finite "
+        f"(measured norms {min(norms):.3g} to {max(norms):.3g}), and {weights}{scaler}",
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 INK = "#010203"
 """Drawn with by matplotlib, then replaced by currentColor. No backend has this colour."""
 WIDTH_INCHES = 6.4
+LONGEST_OF_LINES, LONGEST_IN_LEGEND = 36, 64
+"""Characters of a name beside a horizontal line, and in a legend, that leave room for the figure."""
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
@@ -121,7 +124,7 @@ def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
 
 def name_lines(axes: Axes, names: Sequence[str]) -> None:
     """One horizontal line of the figure for each name, from the top down."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [elided(name, LONGEST_OF_LINES) for name in names])
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -144,9 +147,28 @@ def box(**look: Any) -> Patch:
 
 def legend_below(figure: Figure, handles: Mapping[str, Artist]) -> None:
     """A legend under the figure, in as many columns as its longest label leaves room for."""
-    columns = max(1, min(4, 76 // (max(map(len, handles)) + 8)))
     look: Any = {"frameon": False, "handlelength": 2.2, "columnspacing": 1.2, "fontsize": 10}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, **look)
+    columns = _legend_columns(list(handles))
+    names = [elided(name, LONGEST_IN_LEGEND) for name in handles]
+    figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, **look)
+
+
+def height_with_legend(names: Collection[str]) -> float:
+    """Inches of a figure of curves with a legend of these names below, that takes no room from the axes."""
+    rows = math.ceil(len(names) / _legend_columns(names)) if names else 0
+    return 3.3 + 0.2 * rows
+
+
+def _legend_columns(names: Collection[str]) -> int:
+    longest = max(len(elided(name, LONGEST_IN_LEGEND)) for name in names)
+    return max(1, min(4, 76 // (longest + 8)))
+
+
+def elided(name: str, longest: int) -> str:
+    """A name that leaves room for the figure; the tables have it in full, and its ends tell most."""
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest - 16]}…{name[-15:]}"
 
 
 # ---- SVG -----------------------------------------------------------------------------------------
@@ -157,6 +179,16 @@ def finish(figure: Figure, name: str, title: str, words: str) -> Plot:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return Plot(name, title, _clean(buffer.getvalue(), name, words), words)
+
+
+def hand_drawn(body: str, size: tuple[float, float], name: str, title: str, words: str) -> Plot:
+    """A figure out of SVG elements written by hand, ``size`` units wide and high.
+
+    For figures of which matplotlib would make too many elements. ``body`` must be well-formed, must escape
+    its texts, and must begin its ids with ``name``.
+    """
+    root = _root(f'viewBox="0 0 {size[0]:g} {size[1]:g}"', words)
+    return Plot(name, title, f"{root}{body}</svg>", words)
 
 
 def _clean(text: str, name: str, words: str) -> str:
@@ -173,11 +205,14 @@ def _clean(text: str, name: str, words: str) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None, "matplotlib always writes a view box"
-    root = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {size.group(0)} '
+    return re.sub(r"^<svg[^>]*>", lambda _: _root(size.group(0), words), text).strip()
+
+
+def _root(view_box: str, words: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box} '
         f'role="img" aria-label="{html.escape(words)}" stroke-linejoin="round">'
     )
-    return re.sub(r"^<svg[^>]*>", lambda _: root, text).strip()
 
 
 def _attributes(style: str) -> str:

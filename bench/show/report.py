@@ -1,6 +1,7 @@
 """The report as files: a page, Markdown, CSV, and each figure by itself.
 
-``write_report(comparison, folder)`` writes them all, each whole or not at all.
+``write_report(comparison, folder)`` writes them all, each whole or not at all. A triage that stands in the
+folder is part of the report.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from bench.judge.comparison import Comparison
 from bench.record.store import write_atomically
+from bench.record.triage import read_triage
 from bench.show.page import page
 from bench.show.plots import plots
 from bench.show.tables import csv, markdown
@@ -26,11 +28,15 @@ class ReportFiles:
 
 
 def write_report(comparison: Comparison, folder: Path) -> ReportFiles:
-    """Write report.html, report.md, report.csv and plots/*.svg into ``folder``, created if need be."""
+    """Write report.html, report.md, report.csv and plots/*.svg into ``folder``, created if need be.
+
+    Raises BrokenFile where ``folder`` holds a triage.json that is none.
+    """
     drawn = plots(comparison)
+    triage = read_triage(folder)
     return ReportFiles(
-        html=write_atomically(folder / "report.html", page(comparison, drawn)),
-        markdown=write_atomically(folder / "report.md", markdown(comparison)),
+        html=write_atomically(folder / "report.html", page(comparison, drawn, triage)),
+        markdown=write_atomically(folder / "report.md", markdown(comparison, triage)),
         csv=write_atomically(folder / "report.csv", csv(comparison)),
         plots=tuple(
             write_atomically(folder / "plots" / f"{plot.name}.svg", plot.standalone) for plot in drawn

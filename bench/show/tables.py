@@ -7,13 +7,15 @@ is empty, and NaN and Infinity are written out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from bench.judge.comparison import Comparison
 from bench.judge.rows import Row, largest
 from bench.judge.stability import spelt
-from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections, words
+from bench.record.triage import Triage
+from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
+from bench.show.stability_markdown import stability_blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -76,8 +78,8 @@ def _style(column: Column, line: Line) -> str:
 # ---- Markdown ------------------------------------------------------------------------------------
 
 
-def markdown(comparison: Comparison) -> str:
-    """The report as Markdown: one table for each section, then failures, verdicts, warnings."""
+def markdown(comparison: Comparison, triage: Triage | None = None) -> str:
+    """The report as Markdown: one table for each section, then failures, stability, warnings."""
     import pandas
 
     blocks = []
@@ -92,18 +94,15 @@ def markdown(comparison: Comparison) -> str:
     if any(line.best for line in lines):
         blocks.append(f"Bold: {BEST_LEGEND}.")
     blocks.append(escaped(comparison.caveat))
-    verdicts = [(line.summary.label, line.summary.verdict) for line in lines if line.first.completed]
-    for title, items in (
-        (
-            "Why they did not complete",
-            [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures],
-        ),
-        ("Stability", [f"{label}: {words(found.verdict)}: {found.reason}" for label, found in verdicts]),
-        ("To keep in mind", comparison.warnings),
-    ):
-        if items:
-            blocks.append(f"**{title}**\n\n" + "\n".join(f"- {escaped(item)}" for item in items))
+    failed = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
+    blocks += _bullets("Why they did not complete", failed)
+    blocks += stability_blocks(comparison, triage, escaped)
+    blocks += _bullets("To keep in mind", comparison.warnings)
     return "\n\n".join(blocks) + "\n"
+
+
+def _bullets(title: str, items: Sequence[str]) -> list[str]:
+    return [f"**{title}**\n\n" + "\n".join(f"- {escaped(item)}" for item in items)] if items else []
 
 
 def _marked(column: Column, line: Line) -> str:
@@ -124,7 +123,8 @@ def escaped(text: str) -> str:
 DERIVED = (
     "measured_steps", "step_seconds_median", "step_seconds_min", "step_seconds_max", "tokens_per_second",
     "first_loss", "last_loss", "gradient_norm_median", "gradient_norm_max", "non_finite_steps",
-    "skipped_updates", "peak_memory_bytes", "steps_peak_reserved_bytes",
+    "skipped_updates", "peak_memory_bytes", "steps_peak_reserved_bytes", "lowest_headroom_bits",
+    "gradient_cosine",
 )  # fmt: skip
 RECORDED: Mapping[str, tuple[str, ...]] = {
     "load": ("import_seconds", "prepare_seconds", "load_seconds", "attach_seconds", "host_peak_bytes"),
@@ -170,6 +170,9 @@ def _fields(row: Row, comparison: Comparison) -> Iterator[tuple[str, object]]:
     yield "peak_memory_bytes_by_device", ";".join(peaks) or None
     yield "stability", row.verdict.verdict
     yield "stability_reason", row.verdict.reason
+    failure = record.first_failure
+    for name in ("kind", "step", "phase", "module"):
+        yield f"first_failure_{name}", getattr(failure, name, None)
     yield "notes", " ".join(record.quantization.notes) or None if record.quantization else None
     for name in ("wall_seconds", "exit_code", "started_at", "key", "command"):
         yield name, getattr(record, name)

@@ -1,0 +1,122 @@
+"""Headroom: how near the numbers of a run came to the end of what its compute dtype can hold, in bits.
+
+Derived from the probe of every step (``bench.record.stability.StepProbe``): ``find_headroom(record)`` gives
+the grid that the page draws as a heat map, and `Headroom.lowest` its lowest cell. Pure functions of a record;
+a value that is not finite has no headroom and is flagged, never averaged away, and a zero has none either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.record.schema import Record
+
+Direction = Literal["forward", "backward"]
+
+LARGEST: Mapping[str, float] = {
+    "float16": 65504.0,
+    "bfloat16": 3.3895313892515355e38,
+    "float32": 3.4028234663852886e38,
+}
+"""Dtype -> its largest finite number: (2 - 2**-10) * 2**15, (2 - 2**-7) * 2**127, (2 - 2**-23) * 2**127."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer in one step and one direction."""
+
+    bits: float | None
+    """log2 of the dtype's largest number over ``abs_max``: how many doublings are left. Below zero where a
+    wider dtype held the value. None: no gradient passed, the maximum was zero, or it was not finite."""
+    abs_max: float | None
+    """As the probe read it. None: nothing passed there."""
+
+    @property
+    def non_finite(self) -> bool:
+        """Whether a NaN or an infinity was seen there."""
+        return self.abs_max is not None and not math.isfinite(self.abs_max)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a cell stands."""
+
+    direction: Direction
+    layer: int
+    """Decoder layer, from 0."""
+    step: int
+    """Index of the optimizer step, from 0."""
+    cell: Cell
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """The headroom of one run, in bits, by step and by decoder layer."""
+
+    dtype: str
+    """The compute dtype whose range is meant."""
+    steps: tuple[int, ...]
+    """Indices of the steps that were probed."""
+    forward: tuple[tuple[Cell, ...], ...]
+    """Of activations: a row for each of ``steps``, a cell for each decoder layer."""
+    backward: tuple[tuple[Cell, ...], ...]
+    """Of the gradients at the layers' outputs, the loss scale included."""
+
+    @property
+    def lowest(self) -> Place | None:
+        """The finite cell with the fewest bits, the first of several; None: no cell has any."""
+        known = [place for place in self.places() if place.cell.bits is not None]
+        return min(known, key=lambda place: place.cell.bits or 0.0, default=None)
+
+    @property
+    def non_finite(self) -> tuple[Place, ...]:
+        """Every cell in which something was not finite, in the order of the steps, forward first."""
+        return tuple(place for place in self.places() if place.cell.non_finite)
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers were probed."""
+        return max((len(row) for row in (*self.forward, *self.backward)), default=0)
+
+    def places(self) -> Iterator[Place]:
+        """Every cell with its place: step by step, forward before backward, by layer."""
+        directions: tuple[Direction, ...] = ("forward", "backward")
+        for row, step in enumerate(self.steps):
+            for direction, grid in zip(directions, (self.forward, self.backward), strict=True):
+                for layer, cell in enumerate(grid[row]):
+                    yield Place(direction, layer, step, cell)
+
+
+def find_headroom(record: Record) -> Headroom | None:
+    """The headroom of every probed step; None where none was probed or the dtype is unknown here."""
+    dtype = compute_dtype(record)
+    probed = [(step.index, step.probe) for step in record.steps if step.probe is not None]
+    if not probed or dtype not in LARGEST:
+        return None
+    return Headroom(
+        dtype,
+        tuple(index for index, _ in probed),
+        tuple(_cells(probe.activation_abs_max, dtype) for _, probe in probed),
+        tuple(_cells(probe.gradient_abs_max, dtype) for _, probe in probed),
+    )
+
+
+def compute_dtype(record: Record) -> str:
+    """What the layers really computed in; where that was not recorded, what was asked for."""
+    return record.quantization.effective_dtype if record.quantization else record.request.dtype
+
+
+def headroom_bits(abs_max: float | None, dtype: str) -> float | None:
+    """log2(largest number of ``dtype`` / ``abs_max``); None where that is no number, and for a dtype whose
+    range is not known here."""
+    if dtype not in LARGEST or abs_max is None or not math.isfinite(abs_max) or abs_max <= 0:
+        return None
+    # Of logarithms: the quotient itself would overflow for a subnormal maximum.
+    return math.log2(LARGEST[dtype]) - math.log2(abs_max)
+
+
+def _cells(maxima: Sequence[float | None], dtype: str) -> tuple[Cell, ...]:
+    return tuple(Cell(headroom_bits(value, dtype), value) for value in maxima)

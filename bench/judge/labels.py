@@ -1,0 +1,70 @@
+"""What a run is called: its backend, told apart by as few settings as do it.
+
+``labels_of(records)`` names every record among the others; ``bench.judge.rows`` and everything shown use it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.record.schema import Record
+
+WATCHING = ("trace", "fidelity")
+"""Parts of a request that say what is watched, not what is done."""
+
+
+def labels_of(records: Sequence[Record]) -> list[str]:
+    """The backend's id, with what sets it apart where one backend has several kinds of request."""
+    by_backend: dict[str, list[dict[str, str]]] = {}
+    asked = [_flat(_lasting(record)) for record in records]
+    for own in asked:
+        by_backend.setdefault(own["backend"], []).append(own)
+    telling = {backend: _telling_apart(siblings) for backend, siblings in by_backend.items()}
+    labels = []
+    for own in asked:
+        apart = [
+            f"{_setting(path)}={own.get(path, 'unset')}"
+            for path in telling[own["backend"]]
+            # That a layer was not rescaled needs no words: the others say which one was.
+            if path in own or not path.startswith("stress.")
+        ]
+        labels.append(f"{own['backend']} ({', '.join(apart)})" if apart else own["backend"])
+    return labels
+
+
+def _setting(path: str) -> str:
+    """The setting's name by itself; of a stressed layer the whole name, for every layer has such a one."""
+    return path if path.startswith("stress.") else path.rsplit(".", 1)[-1]
+
+
+def _lasting(record: Record) -> dict[str, Any]:
+    """All of a request but what changes from repeat to repeat, and what no result depends on."""
+    return record.request.model_dump(mode="json", exclude={"seed", "repeat", "timeout_seconds", "preset"})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted path -> value in words."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            found[prefix + name] = "unset" if value is None else text
+    return found
+
+
+def _telling_apart(siblings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The first few paths that tell apart all siblings that differ at all."""
+    chosen: list[str] = []
+    kinds = 1
+    paths = dict.fromkeys(path for sibling in siblings for path in sibling)
+    # What is merely watched changes nothing of the training, so it tells runs apart last.
+    for path in sorted(paths, key=lambda path: path in WATCHING):
+        split = len({tuple(sibling.get(p) for p in (*chosen, path)) for sibling in siblings})
+        if split > kinds:
+            chosen.append(path)
+            kinds = split
+    return chosen
