@@ -15,6 +15,7 @@ from rich.console import Console
 
 from bench.ask.experiment import Lora, Optimizer, Workload
 from bench.ask.plan import RunRequest
+from bench.cli.reports import written_report
 from bench.cli.triage import climbed_triage
 from bench.errors import BadValue, BrokenFile
 from bench.judge.ladder import ORDER, cause, evidence, smallest_first
@@ -424,6 +425,22 @@ def test_the_text_says_what_helped_and_why(worker: Any, out: Path) -> None:
     assert "smallest first" in text
     assert "Seed 2: as asked, the loss is NaN at step 0; with bfloat16, all losses" in text
     assert "Result: the smallest change that heals it: bfloat16 (3 of 3 seeds" in text
+
+
+def test_a_ladders_runs_stand_in_the_ladder_and_not_in_every_table(worker: Any, out: Path) -> None:
+    """Twenty runs that differ in one setting each would bury the two that matter."""
+    worker(healed_by("dtype=bfloat16"))
+    plan = planned(out)
+    found = triaged(plan)
+    save_triage(out, found)
+    records = list(plan.sweep.store.records())
+    comparison, files = written_report(records, out)
+    (first, *_) = [seed for seed in found.confirmations if seed.rung == found.chosen]
+    assert {row.record.key for row in comparison.rows} == {found.base.key, first.healed.key}
+    assert found.rung_keys == {record.key for record in records} - {found.base.key, first.healed.key}
+    page = files.html.read_text(encoding="utf-8")
+    assert "Triage of a failing run" in page
+    assert all(rung.change in page for rung in found.rungs)
 
 
 def test_what_was_recorded_is_no_markup(worker: Any, out: Path) -> None:

@@ -10,6 +10,7 @@ import click
 
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.narrowed import Narrowed
+from bench.cli.reports import written_report
 from bench.cli.run import run_options
 
 
@@ -66,11 +67,13 @@ def margin(
     except KeyboardInterrupt:
         click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    store = plan.sweep.store
+    _, files = written_report(list(store.records()), store.folder)
     margins = find_margins(runner.records, plan.module)
     if as_json:
         click.echo(json.dumps(margin_values(margins), indent=1))
     else:
         Console().print(margin_table(margins))
-        click.echo(f"records: {plan.sweep.store.folder}")
+        click.echo(f"records: {store.folder}\nreport: {files.html}")
     if any(found.ended_by in STATUSES for found in margins):
         sys.exit(EXIT_FAILED_RUNS)

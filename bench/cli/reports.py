@@ -12,7 +12,9 @@ import click
 from bench.errors import UserError
 
 if TYPE_CHECKING:
+    from bench.judge.comparison import Comparison
     from bench.record.schema import Record
+    from bench.show.report import ReportFiles
 
 
 @click.command()
@@ -52,12 +54,9 @@ def show(
     """Write the report of ``records`` into ``folder``, and print what was asked for."""
     from rich.console import Console
 
-    from bench.judge.comparison import compare
-    from bench.show.report import write_report
     from bench.show.tables import terminal_table
 
-    comparison = compare(records)
-    files = write_report(comparison, folder)
+    comparison, files = written_report(records, folder)
     if as_json:
         print_records(records)
     elif paths_as_json:
@@ -75,6 +74,19 @@ def show(
         if not quiet:
             Console().print(terminal_table(comparison))
         click.echo(f"report: {files.html}")
+
+
+def written_report(records: Sequence[Record], folder: Path) -> tuple[Comparison, ReportFiles]:
+    """Write the report of ``records``, and of the triage in ``folder`` where there is one."""
+    from bench.judge.comparison import compare
+    from bench.record.triage import read_triage
+    from bench.show.report import write_report
+
+    triage = read_triage(folder)
+    # One by one, a ladder's runs would hide what they were run for; they stand in the ladder.
+    aside = triage.rung_keys if triage else frozenset()
+    comparison = compare([record for record in records if record.key not in aside] or records)
+    return comparison, write_report(comparison, folder)
 
 
 def print_records(records: Sequence[Record]) -> None:

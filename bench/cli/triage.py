@@ -9,6 +9,7 @@ import click
 
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.narrowed import Narrowed
+from bench.cli.reports import written_report
 from bench.cli.run import run_options
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def triage(only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any) -> N
     except KeyboardInterrupt:
         click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
         sys.exit(EXIT_INTERRUPTED)
-    path = save_triage(plan.sweep.store.folder, found)
+    store = plan.sweep.store
+    path = save_triage(store.folder, found)
+    _, files = written_report(list(store.records()), store.folder)
     if as_json:
         click.echo(found.model_dump_json(indent=1))
     else:
@@ -66,7 +69,7 @@ def triage(only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any) -> N
         for configuration in found.configurations:
             # Not through rich: these lines are copied, and must not be wrapped.
             click.echo(f"\n---- {configuration.title} ----\n\n{configuration.text}", nl=False)
-        click.echo(f"\ntriage: {path}")
+        click.echo(f"\ntriage: {path}\nreport: {files.html}")
     if found.base.finite is not True and found.chosen is None:
         sys.exit(EXIT_FAILED_RUNS)
 

@@ -152,6 +152,15 @@ class Triage(Recorded):
         """The rung that was chosen."""
         return next((rung for rung in self.rungs if rung.name == self.chosen), None)
 
+    @property
+    def rung_keys(self) -> frozenset[str]:
+        """Keys of the runs that only the ladder is about: all but the run as asked, and the first seed with
+        the chosen change."""
+        own = {rung.evidence.key for rung in self.rungs if rung.evidence}
+        own |= {run.key for seed in self.confirmations for run in (seed.unhealed, seed.healed)}
+        healed = [seed.healed.key for seed in self.confirmations if seed.rung == self.chosen]
+        return frozenset(own - {self.base.key, *healed[:1]})
+
 
 def save_triage(folder: Path, triage: Triage) -> Path:
     """Write ``triage.json`` into ``folder``, whole or not at all."""
