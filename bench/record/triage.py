@@ -167,6 +167,12 @@ def save_triage(folder: Path, triage: Triage) -> Path:
     return write_atomically(folder / FILE_NAME, triage.model_dump_json(indent=1) + "\n")
 
 
+def triages_below(folder: Path) -> list[Triage]:
+    """Every triage in the folder and below it. Raises BrokenFile as `read_triage` does."""
+    found = (read_triage(path.parent) for path in sorted(folder.rglob(FILE_NAME)))
+    return [triage for triage in found if triage is not None]
+
+
 def read_triage(folder: Path) -> Triage | None:
     """The triage in ``folder``; None: there is none. Raises BrokenFile, naming the first thing wrong."""
     path = folder / FILE_NAME
