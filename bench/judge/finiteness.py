@@ -51,7 +51,7 @@ def judge_finiteness(record: Record) -> Finiteness:
 
     Numbers that fail are a failure however the run ended; nothing else is said of one that did not complete.
     """
-    found = _non_finite(record)
+    found = _non_finite(record) or _cut_off(record)
     if found is not None:
         return found
     if record.status != "completed":
@@ -84,6 +84,15 @@ def _non_finite(record: Record) -> Finiteness | None:
     if poisoned:
         return Finiteness(False, name, "the trained weights are not finite after the last step")
     return None
+
+
+def _cut_off(record: Record) -> Finiteness | None:
+    """The harness ends a run whose first backward leaves adapters without a gradient. So it does where a
+    quantizer's float16 scales are rescaled into nothing: that backend trains no further than this."""
+    if record.proof.gradients_reach_adapters is not False:
+        return None
+    why = record.proof.breaches[-1] if record.proof.breaches else "no gradient reached the adapters"
+    return Finiteness(False, "dead", why, 0)
 
 
 def _dead(record: Record) -> Finiteness | None:

@@ -119,7 +119,9 @@ class FailureFinder:
                 return failure
         if math.isfinite(seen.gradient_norm):
             return None
-        return self._in_adapters(seen, self._bad_adapters(seen), None, spared=spared)
+        # Of several micro-batches the gradients are summed: which one it was is not to be seen here.
+        only = 0 if len(seen.losses) == 1 else None
+        return self._in_adapters(seen, self._bad_adapters(seen), only, spared=spared)
 
     def _bad_adapters(self, seen: Observation) -> list[int]:
         return [i for i, count in enumerate(seen.gradients.non_finite) if count]
@@ -160,12 +162,18 @@ class FailureFinder:
                             one.abs_max
                         )
 
-    def _broken_at(self, place: Place) -> str | None:
-        """A module with broken weights that explains the place: itself, else one of its decoder layer."""
+    def _broken_at(self, place: Place, ranges: MicroBatchRanges) -> str | None:
+        """A module with broken weights that explains the place: itself, else one of its decoder layer whose
+        own output is not watched (a norm). One that is watched would have been the first place itself."""
         if place.module in self._broken:
             return place.module
+        watched = {one.place.module for one in ranges.forward}
         same = (
-            m for m in self._broken if place.layer is not None and Place(m, "output").layer == place.layer
+            module
+            for module in self._broken
+            if place.layer is not None
+            and Place(module, "output").layer == place.layer
+            and module not in watched
         )
         return next(same, None)
 
@@ -180,7 +188,7 @@ class FailureFinder:
         what = at.place.part if phase == "forward" else f"gradient of the {at.place.part}"
         limit = torch.finfo(at.dtype).max
         name = str(at.dtype).removeprefix("torch.")
-        broken = self._broken_at(at.place) if phase == "forward" else None
+        broken = self._broken_at(at.place, seen.ranges[micro_batch]) if phase == "forward" else None
         before = (
             f"the largest value there before was {history[-1]:.5g}" if history
             else "there was no micro-batch before"

@@ -7,6 +7,7 @@ one micro-batch, in the replay of a failure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bench.probe.ranges import DECODER_LAYER, abs_max, plain_name
 from bench.record.stability import FailurePhase
@@ -23,11 +25,11 @@ from bench.record.stability import FailurePhase
 INTENDED = frozenset(
     (
         "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_",
-        "full", "full_like", "new_full", "scalar_tensor", "fill_", "zeros", "ones",
+        "full", "full_like", "new_full", "scalar_tensor", "lift_fresh", "fill_", "zeros", "ones",
         "masked_fill", "masked_fill_", "where",
     )
 )  # fmt: skip
-"""Operations whose infinities somebody wanted (masks), or that only reserve memory."""
+"""Operations whose infinities somebody wrote down (masks, constants), or that only reserve memory."""
 
 WORDS: Mapping[str, str] = {
     "mm": "matrix product",
@@ -72,7 +74,7 @@ class Operation:
     value: float
     """NaN or an infinity."""
     input_abs_max: float | None
-    """Of its floating inputs; None: it had none."""
+    """Of its floating inputs, factors and other plain numbers included; None: it had none."""
     output_dtype: str
 
     @property
@@ -105,7 +107,9 @@ class OperationWatch(TorchDispatchMode):
         self._model = model
         self._stack: list[str] = []
         self._current: str | None = None
-        """In the backward: the module whose output's gradient was computed last."""
+        """In the backward: the module that is being gone through."""
+        self._claimed = WeakTensorKeyDictionary()
+        """Tensors with a hook on their gradient, and the module that it names."""
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -127,58 +131,85 @@ class OperationWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call, and look at what came out."""
-        output = func(*args, **(kwargs or {}))
-        if self.found is None:
-            self._look(str(func), args, kwargs or {}, output)
+        kwargs = kwargs or {}
+        if self.found is not None:
+            return func(*args, **kwargs)
+        name = str(func)
+        written, read = _overwritten(func, name.split(".")[1], args, kwargs)
+        # What is overwritten must be looked at before it is.
+        spoilt = any(map(self._is_bad, read))
+        sizes = [float(abs_max(tensor)) for tensor in read if tensor.numel()]
+        output = func(*args, **kwargs)
+        if name.split(".")[1] not in INTENDED and not spoilt:
+            self._look(name, args, kwargs, [*_floating(output), *written], sizes)
         return output
 
-    def _look(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        if name.split(".")[1] in INTENDED:
-            return
-        results = list(_floating(output))
+    def _look(
+        self, name: str, args: Any, kwargs: Any, results: list[torch.Tensor], overwritten: list[float]
+    ) -> None:
+        """``overwritten``: absolute maxima of the inputs that were."""
         worst = next((v for r in results if (v := _bad_value(r)) is not None), None)
         if worst is None:
             return
-        # An operation in place has its result among its inputs by now.
         inputs = [t for t in _floating((args, kwargs)) if all(t is not result for result in results)]
-        if any(_bad_value(tensor) is not None for tensor in inputs):
+        if any(self._is_bad(tensor) for tensor in inputs):
             return
         if worst == float("-inf") and self._in_attention():
             return  # a mask: these scores are meant to vanish in the softmax
+        sizes = [float(abs_max(tensor)) for tensor in inputs if tensor.numel()]
+        sizes += [*overwritten, *map(abs, _numbers((args, kwargs)))]
         self.found = Operation(
             name=name,
             phase=self.phase,
             module=self._where(),
             value=worst,
-            input_abs_max=max((float(abs_max(t)) for t in inputs if t.numel()), default=None),
+            # A mask's minus infinity is no size.
+            input_abs_max=max(filter(math.isfinite, sizes), default=None),
             output_dtype=str(results[0].dtype).removeprefix("torch."),
         )
+
+    def _is_bad(self, tensor: torch.Tensor) -> bool:
+        """Whether an input is not finite. Masks give attention's softmax minus infinity on purpose: what
+        comes of it is the softmax's doing."""
+        value = _bad_value(tensor)
+        return value is not None and not (value == float("-inf") and self._in_attention())
 
     def _where(self) -> str | None:
         return self._stack[-1] if self._stack else self._current
 
     def _in_attention(self) -> bool:
-        return "attn" in (self._where() or "")
+        """In its core, that is: a projection's minus infinity is no mask."""
+        return (self._where() or "").endswith("attn")
 
     def _hooks(self, name: str) -> tuple[Any, Any]:
         def before(module: nn.Module, inputs: Any) -> None:
             if DECODER_LAYER.match(name):
                 # Checkpointing may leave a layer's second forward in its middle, without the hooks after it.
                 self._stack.clear()
+            if inputs and self._stack:
+                self._tell_of(inputs[0], self._stack[-1])
             self._stack.append(name)
 
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._stack:
                 self._stack.pop()
-            tensor = output[0] if isinstance(output, tuple) else output
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+            self._tell_of(output[0] if isinstance(output, tuple) else output, name)
+
+        return before, after
+
+    def _tell_of(self, tensor: Any, module: str) -> None:
+        """In the backward, what follows the tensor's gradient belongs to ``module``: to what put the tensor
+        out, or, where no module did, to what called the module that took it in. The first to claim a tensor
+        keeps it: an MLP hands on what its down_proj put out."""
+        if not isinstance(tensor, torch.Tensor) or not tensor.requires_grad or tensor in self._claimed:
+            return
+        self._claimed[tensor] = module
 
         def arrived(gradient: torch.Tensor) -> None:
             self._stack.clear()
-            self._current = name
+            self._current = module
 
-        return before, after
+        tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
 
 def _floating(value: Any) -> Iterator[torch.Tensor]:
@@ -192,6 +223,35 @@ def _floating(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _floating(inner)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Plain floating numbers in nested arguments: the factor of a product, say."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _numbers(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner)
+
+
+def _overwritten(
+    func: Any, base: str, args: Any, kwargs: Mapping[str, Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Floating arguments that an operation writes into, and those of them that it reads as well.
+
+    ``add_`` reads what it overwrites; ``copy_`` and whatever fills an ``out`` do not.
+    """
+    schema = func._schema
+    if not schema.is_mutable:
+        return [], []
+    named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
+    written = list(
+        _floating([named.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write])
+    )
+    return written, written if base.endswith("_") and base not in INTENDED | {"copy_"} else []
 
 
 def _bad_value(tensor: torch.Tensor) -> float | None:
