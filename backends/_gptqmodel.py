@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.load.contract import Layer, Options, Shape, largest_dividing_group
+from bench.ask.experiment import Dtype
+from bench.load.contract import DTYPE_BYTES, Layer, Options, Shape, Workspace, largest_dividing_group
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,19 @@ def fill(kernel: Any, layer: Layer, options: PackedOptions, *, symmetric: bool, 
             )
     built.requires_grad_(False)
     return built
+
+
+def dequantizing_workspace(shape: Shape, dtype: Dtype) -> Workspace:
+    """Of gptqmodel's kernels in plain torch: the forward dequantizes the whole weight, and autograd keeps it
+    for the backward.
+
+    At most at once: codes and zero points as int8 and their difference (2 bytes a weight), the scales and
+    the product in float16 (4), or before that the codes as int32 and int8 (5); then the float16 product and
+    its copy in the compute dtype. ``torch.compile``, which gptqmodel asks for, may fuse the first steps; that
+    is not counted on (``_dequantize_from_codes`` in nn_modules/qlinear/__init__.py of gptqmodel 7.7.0).
+    """
+    dense = shape.weights * DTYPE_BYTES[dtype]
+    return Workspace(forward=max(6 * shape.weights, 2 * shape.weights + dense), backward=0, kept=dense)
 
 
 def run_calibration(

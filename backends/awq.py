@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends import _gptqmodel as shared
 from bench.ask.experiment import Dtype
-from bench.load.contract import Layer, PackedBackend, Shape
+from bench.load.contract import DTYPE_BYTES, Layer, PackedBackend, Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 AUTOMATIC_KERNELS = {"cpu": "awq_torch_aten", "cuda": "awq_gemm"}
 COLUMN_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's interleave of 8 output columns in a word."""
+DENSE_FROM_TOKENS = 1025
+"""From so many rows on AwqGemmFn dequantizes in forward and multiplies densely."""
+SPLITS = 8
+"""Below that its kernel splits the sum in so many parts and keeps each one's product in float32."""
 
 
 class Awq(PackedBackend):
@@ -30,6 +34,7 @@ class Awq(PackedBackend):
     requires = ("gptqmodel", "optimum")
     extra = "awq"
     codes = ("qweight",)
+    adapter_casts_input = False
     method = "awq"
     packed_names = ("qweight", "qzeros", "scales")
     options: shared.PackedOptions
@@ -95,6 +100,17 @@ class Awq(PackedBackend):
     def expected_bits(self, shape: Shape) -> float:
         """4 + (16 + 4)/group for float16 scales and packed zeros."""
         return 4 + 20 / self.options.group_size
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """The GEMM kernel on CUDA: backward dequantizes the whole weight; forward too from 1025 tokens on,
+        below it holds eight partial products in float32 (nn_modules/qlinear/gemm_awq.py and
+        gptqmodel_ext/awq/quantization/gemm_cuda_gen.cu of gptqmodel 7.7.0). Other kernels: as plain torch."""
+        kernel = AUTOMATIC_KERNELS[self.device] if self.options.kernel == "auto" else self.options.kernel
+        if kernel != AUTOMATIC_KERNELS["cuda"]:
+            return shared.dequantizing_workspace(shape, self.dtype)
+        dense = shape.weights * DTYPE_BYTES[self.dtype]
+        partial = SPLITS * 4 * tokens * shape.out_features
+        return Workspace(forward=dense if tokens >= DENSE_FROM_TOKENS else partial, backward=dense)
 
     def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
         """Real AWQ (scales searched on activations, 2306.00978) by gptqmodel."""

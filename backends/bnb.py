@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from bench.load.contract import Backend, Layer, Options, Shape
+from bench.load.contract import DTYPE_BYTES, Backend, Layer, Options, Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,16 @@ class Nf4(Backend):
             size += blocks * 4
         return size * 8 / shape.weights
 
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """The whole weight in the compute dtype, in backward always and in forward except where
+        bitsandbytes' fused kernel is chosen (by tokens and architecture, up to 1536 tokens), which is not
+        counted on. With double quantization the scales too, twice in float32 (backends/cuda/ops.py and
+        autograd/_functions.py of bitsandbytes 0.50.2)."""
+        dense = shape.weights * DTYPE_BYTES[self.dtype]
+        if self.options.double_quantization:
+            dense += 2 * 4 * math.ceil(shape.weights / BLOCK)
+        return Workspace(forward=dense, backward=dense)
+
 
 class Nf4DoubleQuantization(Nf4):
     """bitsandbytes NF4 with double quantization: the absmax values are themselves 8-bit."""
@@ -120,3 +130,15 @@ class Int8(Backend):
     def expected_bits(self, shape: Shape) -> float:
         """8 bits, and one float32 scale for each output row."""
         return 8 + 32 / shape.in_features
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """Forward: none of the weight, but for each token the input in float16 twice, in int8 and as a mask
+        of outliers while it is quantized, then the product in int32, in float16 and in the compute dtype.
+        Backward: the whole weight in the compute dtype (backends/cuda/ops.py and autograd/_functions.py of
+        bitsandbytes 0.50.2)."""
+        quantizing = shape.in_features * (2 + 2 + 1 + 1)
+        multiplying = shape.in_features + shape.out_features * (4 + 2 + DTYPE_BYTES[self.dtype])
+        return Workspace(
+            forward=tokens * max(quantizing, multiplying),
+            backward=shape.weights * DTYPE_BYTES[self.dtype],
+        )

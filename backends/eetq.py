@@ -15,7 +15,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Literal
 
 from bench.ask.experiment import Dtype
-from bench.load.contract import Backend, Layer, Options, Shape
+from bench.load.contract import DTYPE_BYTES, Backend, Layer, Options, Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -69,3 +69,12 @@ class Eetq(Backend):
     def kernel(self, layer: torch.nn.Module) -> str:
         """Says which of the two kernels computed."""
         return "eetq native (w8_a16_gemm)" if self.native else "portable torch int8 (W8A16)"
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """Portable: the whole weight in the compute dtype twice, before and after its scales, in forward and
+        backward. Native: none in forward; in backward an identity as wide as the input, and the weight that
+        is recovered by multiplying it (``backends/_eetq_kernels.py``)."""
+        width = DTYPE_BYTES[self.dtype]
+        if self.native:
+            return Workspace(forward=0, backward=width * (shape.in_features**2 + shape.weights))
+        return Workspace(forward=2 * width * shape.weights, backward=2 * width * shape.weights)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends import _gptqmodel as shared
-from bench.load.contract import Layer, PackedBackend, Shape
+from bench.load.contract import Layer, PackedBackend, Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,10 @@ class Gptq(PackedBackend):
         """4 + (16 + 4)/group for float16 scales and packed zeros, a 32-bit group index for each input, and
         gptqmodel's table of 8 shifts."""
         return 4 + 20 / self.options.group_size + 32 / shape.out_features + 8 * 32 / shape.weights
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """As of a kernel in plain torch, which Triton v2 falls back to in training."""
+        return shared.dequantizing_workspace(shape, self.dtype)
 
     def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
         """Real GPTQ (second-order rounding, 2210.17323) by gptqmodel."""

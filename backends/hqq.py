@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from bench.load.contract import Backend, Layer, Options, Shape, largest_dividing_group
+from bench.load.contract import (
+    DTYPE_BYTES,
+    Backend,
+    Layer,
+    Options,
+    Shape,
+    Workspace,
+    largest_dividing_group,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +42,7 @@ class Hqq(Backend):
     requires = ("hqq",)
     extra = "hqq"
     codes = ("W_q",)
+    adapter_casts_input = False
     options: HqqOptions
 
     def fit(self, shapes: Sequence[Shape]) -> None:
@@ -74,3 +83,10 @@ class Hqq(Backend):
     def kernel(self, layer: torch.nn.Module) -> str:
         """HQQLinear and its process-wide backend."""
         return f"HQQLinear[{type(layer).backend.name}]"  # type: ignore[attr-defined]
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """The whole weight in the compute dtype, three times at once: unpacked, less its zero points, and
+        times its scales. Forward and backward each dequantize anew (core/quantize.py of hqq 0.2.8:
+        ``Quantizer.dequantize``, ``HQQMatmulNoCacheMul``)."""
+        dense = 3 * shape.weights * DTYPE_BYTES[self.dtype]
+        return Workspace(forward=dense, backward=dense)

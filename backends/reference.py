@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bench.load.contract import Backend, Layer, Options, Shape
+from bench.load.contract import Backend, Layer, Options, Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -31,3 +31,7 @@ class Reference(Backend):
     def expected_bits(self, shape: Shape) -> float:
         """The width of the compute dtype."""
         return 32.0 if self.dtype == "float32" else 16.0
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """None: the weight is multiplied as it lies."""
+        return Workspace(forward=0, backward=0)

@@ -15,6 +15,7 @@ from bench.cli.backends import backends, check
 from bench.cli.diagnose import diagnose
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.margin import margin
+from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
 from bench.cli.triage import triage
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (run, triage, margin, diagnose, backends, check, report, runs):
+for command in (run, plan, triage, margin, diagnose, backends, check, report, runs):
     cli.add_command(command)
 
 

@@ -57,6 +57,21 @@ class Layer:
     device: torch.device
 
 
+DTYPE_BYTES: Mapping[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes that one layer's training kernel needs beside its weights, its input and its output."""
+
+    forward: int
+    """The most at once while the forward multiplies, what is kept included."""
+    backward: int
+    """The most at once while the backward multiplies, what was kept not included."""
+    kept: int = 0
+    """From the forward (or its recomputation) to the layer's backward."""
+
+
 class Backend(ABC):
     """One way to keep frozen weights small while LoRA adapters on top of them are trained.
 
@@ -73,6 +88,9 @@ class Backend(ABC):
     """The extra of pyproject.toml that brings them."""
     codes: ClassVar[tuple[str, ...]] = ("weight",)
     """Attributes of the built layer that hold the quantized codes; all other tensors are metadata."""
+    adapter_casts_input: ClassVar[bool] = True
+    """Whether PEFT's LoRA layer on top casts its input to the adapter's dtype under autocast too, so that
+    each projection keeps a copy of its own. All do, but those written for HQQ and AWQ layers."""
 
     def __init__(self, options: Options, device: str, requested_dtype: Dtype) -> None:
         self.options = options
@@ -102,6 +120,16 @@ class Backend(ABC):
     def kernel(self, layer: torch.nn.Module) -> str:
         """Name of what computes in training."""
         return type(layer).__name__
+
+    def workspace(self, shape: Shape, tokens: int) -> Workspace:
+        """What the training kernel of a layer needs besides, in bytes, for ``qlora-bench plan``.
+
+        ``tokens``: rows of its input. Unless a backend says otherwise: that it dequantizes the whole weight
+        in the compute dtype, and that autograd keeps that copy for the backward, as it does for a plain
+        ``x @ dequantize()``.
+        """
+        dense = shape.weights * DTYPE_BYTES[self.dtype]
+        return Workspace(forward=dense, backward=dense, kept=dense)
 
 
 class PackedBackend(Backend):
