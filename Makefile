@@ -67,7 +67,7 @@ overhead: $(READY) ## Time the harness's loop and its probes (FLAGS="--preset ..
 	$(BIN)/python -m bench.run.overhead $(FLAGS)
 
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
-	$(BIN)/qlora-bench run --preset proxy --backend all --force --out results/local/ci
+	$(BIN)/qlora-bench run --preset proxy --backend all --steps 5 --force --out results/local/ci
 
 wheel: $(READY) ## Build the wheel
 	$(BIN)/python -m build --wheel --no-isolation

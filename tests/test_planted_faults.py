@@ -362,6 +362,8 @@ def test_a_failure_that_no_scaler_spared_takes_the_place_of_one_that_it_did() ->
     assert failure is not None
     assert (failure.kind, failure.step, failure.module) == ("forward_overflow", 7, f"{LAYER}.2")
     assert not failure.skipped_by_scaler
+    replay, _ = rig.replay()
+    assert (replay.reproduced, replay.phase, replay.module) == (True, "forward", f"{LAYER}.2")
 
 
 # ---- what else a failure says ---------------------------------------------------------------------
