@@ -400,3 +400,12 @@ def test_bfloat16_headroom_lets_activations_grow_where_float16_does_not():
     assert judge_stability(made).verdict == "healthy"
     narrow = made.model_copy(update={"quantization": quantization("hqq", effective_dtype="float16")})
     assert judge_stability(narrow).verdict == "spiking"
+
+
+def test_a_gradient_that_dies_on_the_way_is_dead() -> None:
+    still = [step(index) if index < 4 else step(index, gradient_norm=0.0) for index in range(8)]
+    verdict = judge_stability(record("hqq", steps=tuple(still)))
+    assert verdict.verdict == "dead"
+    assert "from step 4 to the end (4 steps)" in verdict.reason
+    once = [step(index, gradient_norm=0.0) if index == 7 else step(index) for index in range(8)]
+    assert judge_stability(record("hqq", steps=tuple(once))).verdict != "dead"

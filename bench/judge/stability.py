@@ -30,6 +30,9 @@ SYNTHETIC = (
     "weights are synthetic: random values have no outliers, so nothing about stability can be concluded"
 )
 MEASURED_STEPS_NEEDED = 2
+STILL_STEPS = 2
+"""Steps at the end with a gradient of exactly zero that make a run dead: one alone may be a batch that the
+model predicts perfectly, which no training of some length shows twice."""
 NAMED_TENSORS = 3
 """Dead tensors that are named; the rest is counted."""
 
@@ -169,6 +172,10 @@ def _dead(record: Record) -> Verdict | None:
             f"the gradient norm is exactly 0 in all {len(measured)} measured steps, "
             f"from step {measured[0].index} on",
         )
+    still = next((n for n, step in enumerate(reversed(measured)) if step.gradient_norm != 0), 0)
+    if still >= STILL_STEPS:
+        first = measured[-still].index
+        return Verdict("dead", f"the gradient norm is exactly 0 from step {first} to the end ({still} steps)")
     dead = dead_tensors(record)
     if not dead:
         return None

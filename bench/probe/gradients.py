@@ -64,11 +64,11 @@ def tensor_statistics(tensors: Sequence[nn.Parameter]) -> TensorStatistics:
 
 def non_finite_tensors(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors that hold a value which is not finite, in order."""
-    # A sum of squares in float64 is finite exactly where all values are, and needs one pass.
+    # The largest absolute value needs one pass, and unlike a sum of squares it cannot overflow by itself.
     names = list(tensors)
     if not names:
         return []
     device = tensors[names[0]].device
-    norms = torch._foreach_norm([tensor.detach().float() for tensor in tensors.values()])
+    norms = torch._foreach_norm([tensor.detach().float() for tensor in tensors.values()], float("inf"))
     finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).tolist()
     return [name for name, good in zip(names, finite, strict=True) if not good]

@@ -160,4 +160,5 @@ class StressedPair(Recorded):
     float32_difference: float | None
     """Largest difference, in float32, of what the pair's decoder layer computes on random input with and
     without the factor, relative to the largest value that it adds: the proof that the function is the same.
+    Of the dense weights: scales that a backend stores in float16, or clamps, may lose what the factor needs.
     Null: the checkpoint is published quantized, and there are no dense weights to prove it on."""

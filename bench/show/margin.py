@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 TITLES = ("Backend", "Dtype", "Bits", "Finite at", "Fails at", "How it ends")
 LEGEND = (
     "Bits: log2 of the largest power of two by which the pair can be rescaled while every loss, gradient "
-    "and trained weight stays finite. The function of the model is the same at every factor."
+    "and trained weight stays finite. The unquantized function is the same at every factor; what a backend "
+    "makes of the rescaled weights need not be, where its scales are float16 or clamped."
 )
 
 
