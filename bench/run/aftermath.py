@@ -55,8 +55,8 @@ class Aftermath:
         fidelity = compare_gradients(trainer, batch, order.reference_file)
         if order.request.calibration == "calibrated" and order.request.backend == "awq":
             note = (
-                "calibrated AWQ moves scales between weights and norms: no weight has a dense counterpart, and "
-                "adapters behind a rescaled norm have other gradients, so the cosine counts that as error"
+                "calibrated AWQ moves scales between weights and norms: no weight has a dense counterpart, "
+                "and adapters behind a rescaled norm have other gradients, which the cosine counts as error"
             )
             return fidelity.model_copy(update={"note": note})
         _, _, dense = builder.open(builder.request, order.model_folder)
