@@ -36,6 +36,7 @@ class Awq(PackedBackend):
     codes = ("qweight",)
     adapter_casts_input = False
     method = "awq"
+    calibration_moves_scales = True
     packed_names = ("qweight", "qzeros", "scales")
     options: shared.PackedOptions
 

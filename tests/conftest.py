@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bench.run import one_by_one
 from tests.command import Command
+from tests.fake_worker import FakeWorker, Outcome
 from tests.misbehaving import install
 
 
@@ -41,3 +44,15 @@ def command_with_strangers(command: Command, tmp_path_factory: pytest.TempPathFa
 def out(tmp_path: Path) -> Path:
     """A folder for records."""
     return tmp_path / "records"
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], FakeWorker]:
+    """Puts a stand-in for the worker process where margin and triage run theirs."""
+
+    def install(outcome: Outcome) -> FakeWorker:
+        fake = FakeWorker(outcome)
+        monkeypatch.setattr(one_by_one, "run_sweep", fake)
+        return fake
+
+    return install

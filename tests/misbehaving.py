@@ -11,7 +11,7 @@ from typing import Literal
 from bench.load.contract import Backend, Layer, Options, Shape
 
 KINDS = ("killed", "raises", "out-of-memory", "hangs", "exits", "aborts", "secretly-dense",
-         "cuts-the-graph", "shouts", "lies-on-the-pipe")
+         "cuts-the-graph", "shouts", "lies-on-the-pipe", "dies-afterwards")
 
 class Kind(Options):
     kind: Literal[KINDS]
@@ -47,6 +47,12 @@ class Misbehaving(Backend):
             built.bias = torch.nn.Parameter(layer.bias, requires_grad=False)
         if kind == "cuts-the-graph":
             built.register_forward_hook(lambda module, inputs, output: output.detach())
+        if kind == "dies-afterwards":
+            # In training rows come in batches; only the comparison of weights sends plain rows through.
+            def die(module, inputs):
+                if inputs[0].dim() == 2:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            built.register_forward_pre_hook(die)
         return built
 
     def expected_bits(self, shape):

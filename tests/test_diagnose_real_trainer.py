@@ -19,7 +19,14 @@ FORMATS = ("trainer_state.json", "console.log")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the logs of every case, trained once."""
     folder = tmp_path_factory.mktemp("runs")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        # As on a terminal: entries and progress bars in the order in which they were written.
+        "PYTHONUNBUFFERED": "1",
+    }
     subprocess.run(
         [sys.executable, "-m", "tests.toy_trainer", folder], check=True, timeout=500, env=environment
     )

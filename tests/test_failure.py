@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.probe.failure import HISTORY, FailureFinder, Observation, worst
+from bench.probe.failure import HISTORY, FailureFinder
 from bench.probe.gradients import TensorStatistics
+from bench.probe.observation import Observation, worst
 from bench.probe.ranges import MicroBatchRanges, Place, Seen
 
 NAN, INF = math.nan, math.inf

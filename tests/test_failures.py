@@ -108,14 +108,17 @@ def test_ctrl_c_leaves_finished_records_and_an_interrupted_one(
     arguments = command_with_strangers.arguments(
         "run", "--preset", "tiny", "--backend", "eetq", "--backend", "bad-hangs", "--backend", "bf16",
         "--out", out)  # fmt: skip
+    # A shell that started the tests in the background had them ignore SIGINT, and children inherit that.
     process = subprocess.Popen(arguments, env=command_with_strangers.environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+                               stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: PLW1509 # fmt: skip
     try:
         worker = _wait_for_second_worker(process, out)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
@@ -165,3 +168,14 @@ def _wait_for_second_worker(process: subprocess.Popen[Any], out: Path) -> int:
     worker = _worker_of(process, other_than=first)
     time.sleep(3)
     return worker
+
+
+def test_what_ends_after_the_last_step_costs_a_run_nothing_but_itself(
+    command_with_strangers: Command, out: Path
+) -> None:
+    (body,) = command_with_strangers.json("run", "--preset", "tiny", "--backend", "bad-dies-afterwards",
+                                          "--set", "fidelity=on", "--out", out)  # fmt: skip
+    assert (body["status"], body["stage"], body["exit_code"]) == ("completed", None, -signal.SIGKILL)
+    assert len(body["steps"]) == 4
+    assert body["trainable_weights_finite"] is True
+    assert "SIGKILL" in body["fidelity"]["note"]

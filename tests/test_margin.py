@@ -16,18 +16,18 @@ from rich.console import Console
 from bench.ask.plan import RunRequest
 from bench.ask.stress import parse_stress
 from bench.errors import BadValue
-from bench.judge.finiteness import PATIENCE_SKIPS, judge_finiteness
+from bench.judge.finiteness import judge_finiteness
 from bench.judge.ladder import evidence
 from bench.judge.margin import Margin, find_margins, next_exponent
+from bench.judge.scaler import PATIENCE_SKIPS
 from bench.record.schema import Record
-from bench.run import one_by_one
 from bench.run.arrange import Asked
 from bench.run.margin import arrange_margin, default_module, measure_margins, stressed
 from bench.run.one_by_one import SETTLING_STEPS, OneByOne
 from bench.show.margin import bits_in_words, dtype_in_words, ending_in_words, margin_table, margin_values
 from bench.show.progress import Silent
 from tests.command import Command
-from tests.fake_worker import FakeWorker, Outcome, failing, out_of_memory, record_of, skipping
+from tests.fake_worker import Outcome, failing, out_of_memory, record_of, skipping
 from tests.record_factory import eight_backends, first_failure, probed, quantization, request, step
 
 MODULE = "model.layers.1.mlp.up_proj"
@@ -293,16 +293,6 @@ def test_the_dtype_that_was_computed_in_is_told() -> None:
 
 
 # ---- measuring, with a stand-in for the worker ---------------------------------------------------
-
-
-@pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(outcome: Outcome) -> FakeWorker:
-        fake = FakeWorker(outcome)
-        monkeypatch.setattr(one_by_one, "run_sweep", fake)
-        return fake
-
-    return install
 
 
 def exponent_of(asked: RunRequest) -> float:

@@ -16,6 +16,7 @@ from tests.record_factory import (
     quantization,
     record,
     replay,
+    request,
     step,
     steps,
 )
@@ -196,16 +197,53 @@ def test_a_scaler_at_work_is_healthy_and_its_skips_are_counted(applied):
     ("applied", "words"),
     [
         ((0,) * 8, "nothing was trained"),
-        ((1, 1, 1, 1, 1, 1, 1, 0), "skipped the last update"),
-        ((1, 1, 1, 1, 1, 1, 0, 0), "skipped the last 2 updates"),
         ((1, 1, 0, 0, 0, 1, 1, 1), "3 of 6 measured updates, more than 33%"),
+        ((1, 1, 1, 1, 1, 0, 0, 0), "3 of 6 measured updates, more than 33%"),
+        ((1,) * 60 + (0,) * 17, "skipped the last 17 updates: lowering the scale to 1 did not help"),
     ],
 )
 def test_a_scaler_that_never_gets_there_is_not_healthy(applied, words):
-    verdict = judge_stability(record("hqq", steps=scaled(*applied)))
+    made = steps("hqq", count=8)
+    many = tuple(
+        made[index % 8].model_copy(update={"index": index, "warmup": index < 2})
+        for index in range(len(applied))
+    )
+    found = tuple(
+        one.model_copy(
+            update={"loss_scale": 65536.0} | ({} if done else {"applied": False, "gradient_norm": math.inf})
+        )
+        for one, done in zip(many, applied, strict=True)
+    )
+    verdict = judge_stability(record("hqq", steps=found))
     assert verdict.verdict == "non_finite"
     assert words in verdict.reason
     assert any(item.exceeded for item in verdict.evidence)
+
+
+@pytest.mark.parametrize(
+    ("applied", "words"),
+    [
+        ((1, 1, 1, 1, 1, 1, 1, 0), "skipped the last update"),
+        ((1, 1, 1, 1, 1, 1, 0, 0), "skipped the last 2 updates"),
+    ],
+)
+def test_a_run_that_ends_while_the_scaler_searches_is_neither_failed_nor_healthy(applied, words):
+    verdict = judge_stability(record("hqq", steps=scaled(*applied)))
+    assert verdict.verdict == "not_judged"
+    assert words in verdict.reason
+
+
+def test_a_cut_model_is_not_called_spiking_but_what_failed_in_it_is():
+    """The losses of a model without its last layers jump by themselves."""
+    real = request("hqq").model
+    cut = {"ask": {"model": real.model_copy(update={"layers": 6})}}
+    jump = [step(index, losses=(2.0 if index < 6 else 40.0,)) for index in range(8)]
+    assert judge_stability(record("hqq", steps=tuple(jump))).verdict == "spiking"
+    verdict = judge_stability(record("hqq", steps=tuple(jump), **cut))
+    assert verdict.verdict == "not_judged"
+    assert "the loss rose" in verdict.reason
+    bad = [step(index, losses=(math.nan,), gradient_norm=math.nan) for index in range(8)]
+    assert judge_stability(record("hqq", steps=tuple(bad), **cut)).verdict == "non_finite"
 
 
 def test_a_loss_that_is_not_finite_is_no_work_of_the_scaler():
@@ -406,6 +444,6 @@ def test_a_gradient_that_dies_on_the_way_is_dead() -> None:
     still = [step(index) if index < 4 else step(index, gradient_norm=0.0) for index in range(8)]
     verdict = judge_stability(record("hqq", steps=tuple(still)))
     assert verdict.verdict == "dead"
-    assert "from step 4 to the end (4 steps)" in verdict.reason
+    assert "in the last 4 steps, from step 4 on" in verdict.reason
     once = [step(index, gradient_norm=0.0) if index == 7 else step(index) for index in range(8)]
     assert judge_stability(record("hqq", steps=tuple(once))).verdict != "dead"

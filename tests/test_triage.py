@@ -20,7 +20,6 @@ from bench.cli.triage import climbed_triage
 from bench.errors import BadValue, BrokenFile
 from bench.judge.ladder import ORDER, cause, evidence, smallest_first
 from bench.record.triage import FILE_NAME, Rung, Triage, read_triage, save_triage
-from bench.run import one_by_one
 from bench.run.arrange import Asked
 from bench.run.one_by_one import OneByOne
 from bench.run.rungs import OTHER_BACKENDS, Change, find_changes
@@ -28,7 +27,7 @@ from bench.run.triage import FEW_STEPS, SEEDS, TriagePlan, arrange_triage
 from bench.show.ladder import ladder_text
 from bench.show.progress import Silent
 from tests.command import Command
-from tests.fake_worker import FakeWorker, Outcome, failing, out_of_memory, record_of, skipping
+from tests.fake_worker import Outcome, failing, out_of_memory, record_of, skipping
 from tests.record_factory import overflowing, request
 
 MODULE = "model.layers.1.mlp.up_proj"
@@ -136,16 +135,6 @@ def test_double_quantization_by_an_option_of_the_plain_backend() -> None:
 
 
 # ---- the ladder, with a stand-in for the worker --------------------------------------------------
-
-
-@pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(outcome: Outcome) -> FakeWorker:
-        fake = FakeWorker(outcome)
-        monkeypatch.setattr(one_by_one, "run_sweep", fake)
-        return fake
-
-    return install
 
 
 def healed_by(*healing: str, at: int = 0) -> Outcome:

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bench.ask.experiment import Dtype
 from bench.ask.models import cache_folder
 from bench.ask.plan import RunRequest
+from bench.ask.shapes import decoder_of
+from bench.errors import UserError
 
 REFERENCE_BACKEND = "bf16"
 """The id of the unquantized backend; it computes in whatever dtype is asked for."""
-LAYOUT = 1
+LAYOUT = 2
 """Raised when what a reference file holds changes."""
 BYTES = {"float32": 4, "bfloat16": 2}
 ROOM = 0.6
 """Share of the memory that the dense weights may take: gradients, activations and logits need the rest."""
-
-
-def dense_parameters(architecture: Mapping[str, Any], layers: int | None = None) -> int:
-    """Weights of a decoder with gated MLPs: embedding, head where untied, projections, norms."""
-    hidden, inner = int(architecture["hidden_size"]), int(architecture["intermediate_size"])
-    heads = int(architecture["num_attention_heads"])
-    groups = int(architecture.get("num_key_value_heads") or heads)
-    head = int(architecture.get("head_dim") or hidden // heads)
-    count = min(int(architecture["num_hidden_layers"]), layers or int(architecture["num_hidden_layers"]))
-    layer = hidden * head * (2 * heads + 2 * groups) + 3 * hidden * inner + 2 * hidden
-    embeddings = int(architecture["vocab_size"]) * hidden
-    return count * layer + hidden + embeddings * (1 if architecture.get("tie_word_embeddings") else 2)
 
 
 def reference_dtype(request: RunRequest, memory_bytes: int | None) -> tuple[Dtype | None, str | None]:
@@ -42,7 +30,10 @@ def reference_dtype(request: RunRequest, memory_bytes: int | None) -> tuple[Dtyp
     model = request.model
     if request.calibration == "published":
         return None, "the checkpoint is published quantized: there are no dense weights to compare with"
-    count = dense_parameters(model.architecture, model.layers)
+    try:
+        count = decoder_of(model.architecture).parameters
+    except UserError as error:
+        return None, f"how large the unquantized model is cannot be told: {error}"
     choices: tuple[Dtype, ...] = ("float32", "bfloat16")
     for dtype in choices:
         if memory_bytes is None or count * BYTES[dtype] <= ROOM * memory_bytes:
@@ -79,6 +70,7 @@ def reference_file(request: RunRequest, dtype: Dtype) -> Path:
         "work": [work.sequence_length, work.micro_batch_size, work.padding, work.without_targets],
         "data": request.data_digest,
         "device": request.device,
+        "attention": request.attention,
         "dtype": dtype,
         "versions": [request.versions.get(name) for name in ("torch", "transformers", "peft")],
         "layout": LAYOUT,

@@ -1,16 +1,65 @@
-"""Dead adapters: LoRA tensors that no gradient moves, found in the probes of the steps or in the proof.
+"""Dead adapters: what no gradient moves, found in the norms and probes of the steps or in the proof.
 
-``dead_tensors(record)`` names them; ``bench.judge.stability`` makes the verdict. A gradient counts as zero
+``find_dead(record)`` says whether a run's adapters are dead, for the verdict (``bench.judge.stability``) and
+for the question that margin and triage ask (``bench.judge.finiteness``). A gradient counts as zero
 where its norm is exactly zero and some of its values are: a norm that only underflowed in float32 has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from bench.record.schema import Record, Step
 
 A, B = ".lora_A", ".lora_B"
+STILL_STEPS = 2
+"""Steps at the end with a gradient of exactly zero that make a run dead: one alone may be a batch that the
+model predicts perfectly, which no training of some length shows twice."""
+NAMED_TENSORS = 3
+"""Dead tensors that are named; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Dead:
+    """That adapters are dead, why in a plain sentence, and from which step on."""
+
+    reason: str
+    step: int
+
+
+def find_dead(record: Record) -> Dead | None:
+    """Whether the adapters of a run are dead: cut off, or left by every gradient.
+
+    The proof tells of a run that ended by it; the rest needs a completed run, for one that ended early has
+    shown too little.
+    """
+    told = unreached(record)
+    if told:
+        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
+        return Dead(f"gradients do not reach every adapter: {told[0]}{more}", 0)
+    measured = [step for step in record.steps if not step.warmup]
+    if record.status != "completed" or not measured:
+        return None
+    still = still_steps(record)
+    if still:
+        first = measured[-still].index
+        where = f"in all {still} measured steps" if still == len(measured) else f"in the last {still} steps"
+        return Dead(f"the gradient norm is exactly 0 {where}, from step {first} on", first)
+    dead = dead_tensors(record)
+    if not dead:
+        return None
+    more = f" and {len(dead) - NAMED_TENSORS} more" if len(dead) > NAMED_TENSORS else ""
+    named = ", ".join(dead[:NAMED_TENSORS]) + more
+    reason = f"the gradient of {len(dead)} LoRA tensor(s) is exactly 0 in every measured step: {named}"
+    return Dead(reason, measured[0].index)
+
+
+def still_steps(record: Record) -> int:
+    """Measured steps at the end whose gradient norm is exactly zero, where they are all or enough to tell."""
+    measured = [step for step in record.steps if not step.warmup]
+    still = next((n for n, s in enumerate(reversed(measured)) if s.gradient_norm != 0), len(measured))
+    return still if still >= STILL_STEPS or still == len(measured) else 0
 
 
 def dead_tensors(record: Record) -> tuple[str, ...] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from bench.judge.dead import dead_tensors, unreached
+from bench.judge.dead import dead_tensors, still_steps, unreached
 from bench.judge.depth import Growth, find_growth
 from bench.judge.scaler import failing_steps, has_scaler, skipped_share, skips_at_the_end
 from bench.judge.step_spikes import YARDSTICK_STEPS, loss_rise, norm_spike
@@ -78,9 +78,11 @@ def _dead(record: Record) -> Iterator[Evidence]:
     if told:
         yield held_against(DEAD_TENSORS, len(told), "by the proof after the first backward")
         return
-    measured = [step for step in record.steps if not step.warmup]
-    if record.lora and measured and all(step.gradient_norm == 0 for step in measured):
-        yield held_against(DEAD_TENSORS, record.lora.tensors, "the norm over all of them is 0")
+    still = still_steps(record)
+    if record.lora and still:
+        yield held_against(
+            DEAD_TENSORS, record.lora.tensors, f"the norm over all of them is 0 in {still} steps"
+        )
         return
     dead = dead_tensors(record)
     if dead is not None:

@@ -7,18 +7,18 @@ counts a run whose last update was skipped as failed, this one leaves it open: a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import get_args
 
-from bench.judge.dead import dead_tensors
-from bench.judge.scaler import failing_steps, skips_at_the_end
-from bench.judge.stability import measured_steps, spelt
-from bench.record.schema import Record, Status, Step
-
-PATIENCE_SKIPS = 17
-"""Skips in a row after which the scaler is at its end. Torch's GradScaler starts at 2**16 and halves at each
-skip, so that the 17th step ran with a scale of 1: what overflows there overflows without a scaler, too."""
+from bench.judge.dead import find_dead
+from bench.judge.scaler import (
+    PATIENCE_SKIPS,
+    failing_steps,
+    skips_at_the_end,
+    spelt,
+    what_is_not_finite,
+)
+from bench.record.schema import Record, Status
 
 STATUSES: frozenset[str] = frozenset(get_args(Status)) - {"completed"}
 """Names of a `Finiteness` that say that the run did not complete."""
@@ -45,13 +45,13 @@ def judge_finiteness(record: Record) -> Finiteness:
 
     It did if it completed, every loss is finite, every gradient norm of an applied step is finite, nothing
     inside the model was seen to overflow that the scaler did not catch, the trained weights are finite, and
-    no gradient is zero in every measured step. A step that the float16 scaler skipped although its losses
-    were finite is the scaler at work and no failure, as long as some step was applied and fewer than
+    its adapters are not dead (``bench.judge.dead``). A step that the float16 scaler skipped although its
+    losses were finite is the scaler at work and no failure, as long as some step was applied and fewer than
     ``PATIENCE_SKIPS`` skips stand at the end.
 
     Numbers that fail are a failure however the run ended; nothing else is said of one that did not complete.
     """
-    found = _non_finite(record) or _cut_off(record)
+    found = _non_finite(record) or _dead(record)
     if found is not None:
         return found
     if record.status != "completed":
@@ -63,7 +63,7 @@ def judge_finiteness(record: Record) -> Finiteness:
         return Finiteness(False, "skipped", reason, first, _module(record, first))
     if skips == count:
         return Finiteness(None, "unsettled", f"the scaler skipped all {skips} steps and was still searching")
-    return _dead(record) or Finiteness(True, "finite", f"all losses and updates of {count} steps are finite")
+    return Finiteness(True, "finite", f"all losses and updates of {count} steps are finite")
 
 
 def _non_finite(record: Record) -> Finiteness | None:
@@ -73,7 +73,7 @@ def _non_finite(record: Record) -> Finiteness | None:
     failing = failing_steps(record.steps)
     if failing:
         first = failing[0]
-        reason = f"{_what(first)} at step {first.index}{after}"
+        reason = f"{what_is_not_finite(first)} at step {first.index}{after}"
         return Finiteness(False, name, reason, first.index, _module(record, first.index))
     failure = record.first_failure
     if failure is not None and failure.value is not None and not failure.skipped_by_scaler:
@@ -86,34 +86,9 @@ def _non_finite(record: Record) -> Finiteness | None:
     return None
 
 
-def _cut_off(record: Record) -> Finiteness | None:
-    """The harness ends a run whose first backward leaves adapters without a gradient. So it does where a
-    quantizer's float16 scales are rescaled into nothing: that backend trains no further than this."""
-    if record.proof.gradients_reach_adapters is not False:
-        return None
-    why = record.proof.breaches[-1] if record.proof.breaches else "no gradient reached the adapters"
-    return Finiteness(False, "dead", why, 0)
-
-
 def _dead(record: Record) -> Finiteness | None:
-    measured = measured_steps(record)
-    if measured and all(step.gradient_norm == 0 for step in measured):
-        what = "the gradient norm"
-    elif dead := dead_tensors(record):
-        what = f"the gradient of {len(dead)} LoRA tensors"
-    else:
-        return None
-    return Finiteness(False, "dead", f"{what} is 0 in every measured step", measured[0].index)
-
-
-def _what(step: Step) -> str:
-    """The loss comes before the gradient in a step, so it is the earlier evidence."""
-    loss = next((loss for loss in step.losses if not math.isfinite(loss)), None)
-    return (
-        f"the loss is {spelt(loss)}"
-        if loss is not None
-        else (f"the gradient norm is {spelt(step.gradient_norm)}")
-    )
+    found = find_dead(record)
+    return None if found is None else Finiteness(False, "dead", found.reason, found.step)
 
 
 def _module(record: Record, step: int) -> str | None:

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 from bench.record.schema import Step
 
+PATIENCE_SKIPS = 17
+"""Skips in a row after which the scaler is at its end. Torch's GradScaler starts at 2**16 and halves at each
+skip, so that the 17th step ran with a scale of 1: what overflows there overflows without a scaler, too."""
+
 
 def is_finite_step(step: Step) -> bool:
     """Whether every loss and the gradient norm of a step are finite."""
@@ -47,3 +51,16 @@ def skips_at_the_end(steps: Sequence[Step]) -> int:
             break
         count += 1
     return count
+
+
+def spelt(value: float) -> str:
+    """A number that is not finite, as the records spell it."""
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def what_is_not_finite(step: Step) -> str:
+    """The first value of a step that is not finite, in words: the loss comes before the gradient."""
+    loss = next((loss for loss in step.losses if not math.isfinite(loss)), None)
+    if loss is not None:
+        return f"the loss is {spelt(loss)}"
+    return f"the gradient norm is {spelt(step.gradient_norm)}"

@@ -11,11 +11,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from bench.judge.dead import dead_tensors, unreached
+from bench.judge.dead import NAMED_TENSORS, find_dead
 from bench.judge.depth import find_growth
 from bench.judge.evidence import gather
 from bench.judge.location import first_failure
-from bench.judge.scaler import failing_steps, skipped_share, skips_at_the_end
+from bench.judge.scaler import (
+    PATIENCE_SKIPS,
+    failing_steps,
+    skipped_share,
+    skips_at_the_end,
+    what_is_not_finite,
+)
 from bench.judge.step_spikes import loss_rise, norm_spike
 from bench.judge.thresholds import SKIP_RATE, Evidence
 from bench.record.schema import Record, Step
@@ -29,12 +35,8 @@ BAD: frozenset[VerdictName] = frozenset(("poisoned", "non_finite", "dead", "spik
 SYNTHETIC = (
     "weights are synthetic: random values have no outliers, so nothing about stability can be concluded"
 )
+CUT = "the model is cut with --layers: its losses and norms jump, and say nothing of the whole model's"
 MEASURED_STEPS_NEEDED = 2
-STILL_STEPS = 2
-"""Steps at the end with a gradient of exactly zero that make a run dead: one alone may be a batch that the
-model predicts perfectly, which no training of some length shows twice."""
-NAMED_TENSORS = 3
-"""Dead tensors that are named; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +58,42 @@ def judge_stability(record: Record) -> Verdict:
 
 def _judged(record: Record) -> Verdict:
     fault = _poisoned(record) or _non_finite(record) or _dead(record) or _spiking(record)
+    unlike = _unlike_the_real_model(record, fault)
+    if unlike is not None:
+        return Verdict("not_judged", unlike if fault is None else f"{unlike}; even so, {fault.reason}")
+    open_question = None if fault else _open_question(record)
+    if open_question is not None:
+        return Verdict("not_judged", open_question)
+    return fault or _healthy(record)
+
+
+def _unlike_the_real_model(record: Record, fault: Verdict | None) -> str | None:
+    """Why what was found says nothing of the model that is meant."""
     if record.request.model.weights == "synthetic":
-        return Verdict("not_judged", SYNTHETIC if fault is None else f"{SYNTHETIC}; even so, {fault.reason}")
-    if fault is not None:
-        return fault
+        return SYNTHETIC
+    if fault is not None and fault.verdict == "spiking" and record.request.model.layers is not None:
+        return CUT
+    return None
+
+
+def _open_question(record: Record) -> str | None:
+    """Why a run in which nothing failed is not called healthy either."""
     if record.status != "completed":
         told = first_failure(record)
-        return Verdict(
-            "not_judged", f"the run did not complete ({record.status})" + (f"; {told}" if told else "")
-        )
+        return f"the run did not complete ({record.status})" + (f"; {told}" if told else "")
     measured = measured_steps(record)
     if len(measured) < MEASURED_STEPS_NEEDED:
-        return Verdict(
-            "not_judged",
-            f"{len(measured)} measured step(s), and a verdict needs {MEASURED_STEPS_NEEDED}",
-        )
-    return _healthy(record)
+        return f"{len(measured)} measured step(s), and a verdict needs {MEASURED_STEPS_NEEDED}"
+    last = skips_at_the_end(record.steps)
+    if not last:
+        return None
+    which = "the last update" if last == 1 else f"the last {last} updates"
+    return f"the loss scaler skipped {which}: only more steps can show that it finds a scale that works"
 
 
 def measured_steps(record: Record) -> tuple[Step, ...]:
     """The steps after the warm-up: those that every statistic is made of."""
     return tuple(step for step in record.steps if not step.warmup)
-
-
-def spelt(value: float) -> str:
-    """A number that is not finite, as the records spell it."""
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 # ---- poisoned, not finite ------------------------------------------------------------------------
@@ -108,12 +120,9 @@ def _failing_steps(record: Record) -> str | None:
     if not failing:
         return None
     first = failing[0]
-    # The loss comes before the gradient in a step, so it is the earlier evidence.
-    losses = [loss for loss in first.losses if not math.isfinite(loss)]
-    name, value = ("loss", losses[0]) if losses else ("gradient norm", first.gradient_norm)
     skipped = "" if first.applied else ", whose update the loss scaler skipped"
     return (
-        f"the {name} is {spelt(value)} at step {first.index}{skipped} "
+        f"{what_is_not_finite(first)} at step {first.index}{skipped} "
         f"({len(failing)} of {len(record.steps)} steps are not finite)"
     )
 
@@ -141,9 +150,8 @@ def _unscaled(record: Record) -> str | None:
     if skipped == len(steps):
         return f"nothing was trained: the loss scaler skipped all {skipped} updates"
     last = skips_at_the_end(steps)
-    if last:
-        which = "the last update" if last == 1 else f"the last {last} updates"
-        return f"the loss scaler skipped {which}, so no finite gradient was seen from then on"
+    if last >= PATIENCE_SKIPS:
+        return f"the loss scaler skipped the last {last} updates: lowering the scale to 1 did not help"
     share, measured = skipped_share(steps), measured_steps(record)
     if share is not None and share > SKIP_RATE.value:
         count = sum(not step.applied for step in measured)
@@ -158,32 +166,8 @@ def _unscaled(record: Record) -> str | None:
 
 
 def _dead(record: Record) -> Verdict | None:
-    told = unreached(record)
-    if told:
-        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
-        return Verdict("dead", f"gradients do not reach every adapter: {told[0]}{more}")
-    measured = measured_steps(record)
-    # A run that ended early has shown too little to be called dead.
-    if record.status != "completed" or not measured:
-        return None
-    if all(step.gradient_norm == 0 for step in measured):
-        return Verdict(
-            "dead",
-            f"the gradient norm is exactly 0 in all {len(measured)} measured steps, "
-            f"from step {measured[0].index} on",
-        )
-    still = next((n for n, step in enumerate(reversed(measured)) if step.gradient_norm != 0), 0)
-    if still >= STILL_STEPS:
-        first = measured[-still].index
-        return Verdict("dead", f"the gradient norm is exactly 0 from step {first} to the end ({still} steps)")
-    dead = dead_tensors(record)
-    if not dead:
-        return None
-    named = ", ".join(dead[:NAMED_TENSORS]) + (f" and {len(dead) - NAMED_TENSORS} more"
-                                               if len(dead) > NAMED_TENSORS else "")  # fmt: skip
-    return Verdict(
-        "dead", f"the gradient of {len(dead)} LoRA tensor(s) is exactly 0 in every measured step: {named}"
-    )
+    found = find_dead(record)
+    return Verdict("dead", found.reason) if found else None
 
 
 def _spiking(record: Record) -> Verdict | None:

@@ -137,6 +137,9 @@ class PackedBackend(Backend):
 
     method: ClassVar[str]
     """``quant_method`` in the checkpoint's config.json."""
+    calibration_moves_scales: ClassVar[bool] = False
+    """Its calibration moves scales between weights and the norms before them, so that neither a weight nor
+    an adapter's gradient has a counterpart in the dense model."""
     packed_names: ClassVar[tuple[str, ...]]
     """Tensor names of one packed layer in the checkpoint."""
 

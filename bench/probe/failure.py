@@ -9,65 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from bench.probe.gradients import TensorStatistics
+from bench.probe.observation import Observation
 from bench.probe.ranges import MicroBatchRanges, Place, Seen
-from bench.record.stability import FailureKind, FailurePhase, FirstFailure, StepProbe
+from bench.record.stability import FailureKind, FailurePhase, FirstFailure
 
 HISTORY = 64
 """Micro-batches remembered at each place."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the probes saw of one step, before its update."""
-
-    step: int
-    losses: tuple[float, ...]
-    target_counts: tuple[int, ...]
-    """Answer tokens of each micro-batch."""
-    ranges: Sequence[MicroBatchRanges]
-    gradients: TensorStatistics
-    gradient_norm: float
-    spoilt_weights: tuple[str, ...]
-    """Trainable tensors that were not finite when the step began."""
-    loss_scale: float | None
-
-    @property
-    def finite(self) -> bool:
-        """Whether losses and gradients are."""
-        return all(map(math.isfinite, (*self.losses, self.gradient_norm)))
-
-    def summary(self, layers: int) -> StepProbe:
-        """What goes into the record."""
-        return StepProbe(
-            activation_abs_max=_by_layer(layers, (seen for m in self.ranges for seen in m.forward)),
-            gradient_abs_max=_by_layer(layers, (
-                seen for m in self.ranges for seen in m.backward if seen.place.module.endswith(
-                    f"layers.{seen.place.layer}"))),
-            tensor_norms=self.gradients.norms,
-            non_finite_values=self.gradients.non_finite,
-            zero_values=self.gradients.zeros,
-        )  # fmt: skip
-
-
-def _by_layer(layers: int, seen: Iterable[Seen]) -> tuple[float | None, ...]:
-    largest: list[float | None] = [None] * layers
-    for one in seen:
-        if one.place.layer is not None:
-            largest[one.place.layer] = worst(largest[one.place.layer], one.abs_max)
-    return tuple(largest)
-
-
-def worst(known: float | None, new: float) -> float:
-    """The larger of two absolute maxima; a NaN outranks every number."""
-    if known is None or math.isnan(new):
-        return new
-    return known if math.isnan(known) else max(known, new)
 
 
 class FailureFinder:
@@ -193,25 +144,19 @@ class FailureFinder:
             f"the largest value there before was {history[-1]:.5g}" if history
             else "there was no micro-batch before"
         )  # fmt: skip
-        where = f"the {what} of {at.place.module}"
-        when = f"in the {phase} of step {seen.step}, micro-batch {micro_batch}"
+        held = (
+            f"the {what} of {at.place.module} held {'an infinity' if overflow else 'NaN'} in the {phase} of "
+            f"step {seen.step}, micro-batch {micro_batch}"
+        )
         kind: FailureKind
         module = at.place.module
         if broken is not None:
             module = broken
-            kind, evidence = (
-                "broken_weights",
-                (
-                    f"{module} was loaded with broken weights ({self._broken[module]}), and {where} held "
-                    f"{'an infinity' if overflow else 'NaN'} {when}"
-                ),
-            )
+            kind = "broken_weights"
+            evidence = f"{module} was loaded with broken weights ({self._broken[module]}), and {held}"
         else:
             kind = _kind(phase, overflow=overflow)
-            evidence = (
-                f"{where} held {'an infinity' if overflow else 'NaN'} {when}; {name} ends at {limit:.5g}, "
-                f"and {before}"
-            )
+            evidence = f"{held}; {name} ends at {limit:.5g}, and {before}"
         if spared:
             evidence += f"; the loss scaler (at {seen.loss_scale:g}) skipped the update"
         return self._failure(

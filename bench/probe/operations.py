@@ -212,29 +212,26 @@ class OperationWatch(TorchDispatchMode):
         tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
 
 
-def _floating(value: Any) -> Iterator[torch.Tensor]:
-    """Floating tensors in nested arguments."""
-    if isinstance(value, torch.Tensor):
-        if value.is_floating_point() and value.device.type != "meta":
-            yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _floating(inner)
-    elif isinstance(value, list | tuple):
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested arguments hold."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
         for inner in value:
-            yield from _floating(inner)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """Plain floating numbers in nested arguments: the factor of a product, say."""
-    if isinstance(value, float):
+            yield from _leaves(inner)
+    else:
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _numbers(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _numbers(inner)
+
+
+def _floating(value: Any) -> list[torch.Tensor]:
+    """Floating tensors in nested arguments."""
+    tensors = (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor))
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.device.type != "meta"]
+
+
+def _numbers(value: Any) -> list[float]:
+    """Plain floating numbers in nested arguments: the factor of a product, say."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, float)]
 
 
 def _overwritten(
@@ -248,8 +245,8 @@ def _overwritten(
     if not schema.is_mutable:
         return [], []
     named = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
-    written = list(
-        _floating([named.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write])
+    written = _floating(
+        [named.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     )
     return written, written if base.endswith("_") and base not in INTENDED | {"copy_"} else []
 

@@ -78,8 +78,9 @@ class FirstFailure(Recorded):
     @property
     def growth(self) -> float | None:
         """Last over first of the finite maxima before the failure; None: fewer than two were seen."""
-        first, last = (self.history_abs_max or (0.0,))[0], (self.history_abs_max or (0.0,))[-1]
-        return last / first if len(self.history_abs_max) > 1 and first else None
+        if len(self.history_abs_max) < 2 or not self.history_abs_max[0]:
+            return None
+        return self.history_abs_max[-1] / self.history_abs_max[0]
 
 
 class Remedy(Recorded):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bench.ask.experiment import Dtype
+from bench.load.contract import PackedBackend
 from bench.record.stability import Fidelity, Remedy, Replay
 from bench.run.fidelity import compare_gradients, weight_errors
 from bench.run.replay import REPLAYABLE, Replayer, refined
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from bench.run.building import Builder
     from bench.run.stages import Loaded
     from bench.run.telling import Telling
+
+
+SCALES_MOVED = (
+    "the calibration moved scales between weights and norms: no weight has a dense counterpart, and adapters "
+    "behind a rescaled norm have other gradients, which the cosine counts as error"
+)
 
 
 class Aftermath:
@@ -38,6 +45,7 @@ class Aftermath:
         order = self._builder.order
         if not order.request.fidelity:
             return
+        self._telling.channel.stage("compare")
         try:
             fidelity = self._fidelity()
         except Exception as error:  # noqa: BLE001 - the training's own result stands
@@ -53,12 +61,10 @@ class Aftermath:
             return Fidelity(note=order.reference_note or "the reference could not be made")
         batch = builder.reader().next_batch()
         fidelity = compare_gradients(trainer, batch, order.reference_file)
-        if order.request.calibration == "calibrated" and order.request.backend == "awq":
-            note = (
-                "calibrated AWQ moves scales between weights and norms: no weight has a dense counterpart, "
-                "and adapters behind a rescaled norm have other gradients, which the cosine counts as error"
-            )
-            return fidelity.model_copy(update={"note": note})
+        backend = loaded.backend
+        moved = isinstance(backend, PackedBackend) and backend.calibration_moves_scales
+        if moved and order.request.calibration == "calibrated":
+            return fidelity.model_copy(update={"note": SCALES_MOVED})
         _, _, dense = builder.open(builder.request, order.model_folder)
         errors = weight_errors(loaded.built, loaded.shapes, dense, trainer.dtype)
         return fidelity.model_copy(update={"weight_errors": errors})
@@ -73,6 +79,7 @@ class Aftermath:
             return
         if failure.skipped_by_scaler and self._trained_since():
             return
+        self._telling.channel.stage("replay")
         replayer = Replayer(self._trainer, self._linears, failure, snapshot)
         replay = replayer.watched()
         self._telling.failure(refined(failure, replay))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def make_reference(trainer: Trainer, batch: Batch, file: Path) -> None:
     dtype = next(name for name, known in DTYPES.items() if known == trainer.dtype)
     facts = {"loss": loss, "batch": batch_digest(batch), "dtype": dtype}
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    part = file.with_suffix(f".{os.getpid()}.part")
     save_file(gradients, part, metadata={"facts": json.dumps(facts)})
     part.replace(file)
 

@@ -130,3 +130,18 @@ def conversation(index: int) -> list[Message]:
     draw = _Draw(index)
     question, answer = _KINDS[index % len(_KINDS)](draw)
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+CALIBRATION_TEXTS = 32
+"""Of about 300 tokens each: minutes for a small model on two cores. Published checkpoints use more."""
+CALIBRATION_START = 1_000_000
+
+
+def calibration_texts() -> list[str]:
+    """The texts that packed checkpoints are calibrated on: generated conversations as plain text, from an
+    index range that the training does not reach."""
+    groups = range(CALIBRATION_START, CALIBRATION_START + 3 * CALIBRATION_TEXTS, 3)
+    return [
+        "\n".join(message["content"] for index in range(first, first + 3) for message in conversation(index))
+        for first in groups
+    ]

@@ -15,62 +15,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from bench.probe.machine import REPOSITORY
-from bench.record.schema import Memory, Record
+from bench.record.schema import Record
 from bench.run.events import parse_event
 from bench.run.order import Order
+from bench.run.told import Ending, Told, outcome_of, record_of
 
 STDERR_TAIL_BYTES = 4000
 GRACE_SECONDS = 5.0
 """Between asking a worker to end and killing it."""
 Listener = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass
-class Told:
-    """What a worker has told so far."""
-
-    stage: str = "launch"
-    status: str | None = None
-    message: str | None = None
-    sections: dict[str, Any] = field(default_factory=dict)
-    steps: list[Any] = field(default_factory=list)
-    memory: dict[str, Any] = field(default_factory=lambda: {"readings": [], "bytes_by_kind": []})
-
-    def take(self, event: Mapping[str, Any]) -> None:
-        """Keep one event."""
-        match event["event"]:
-            case "stage":
-                self.stage = event["name"]
-            case "section":
-                self.sections[event["name"]] = event["value"]
-            case "step":
-                self.steps.append(event["step"])
-            case "readings":
-                self.memory["readings"] += event["readings"]
-                self.memory["phase_step"] = event.get("phase_step", self.memory.get("phase_step"))
-            case "bytes_by_kind":
-                self.memory["bytes_by_kind"] = event["value"]
-            case "process_peak":
-                self.memory["process_peak_resident_bytes"] = event["bytes"]
-            case "outcome":
-                self.status, self.message = event["status"], event["message"]
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a worker process ended, as the operating system saw it."""
-
-    exit_code: int | None
-    timed_out: bool
-    stderr_tail: str | None
 
 
 def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
@@ -95,7 +53,9 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
             ending = _work(order, told, listener, time.monotonic())
     except KeyboardInterrupt:
         interrupted = True
-    record = _record(order, told, ending, interrupted, prepare_seconds, started_at, time.monotonic() - began)
+    record = record_of(
+        order, told, ending, interrupted, prepare_seconds, started_at, time.monotonic() - began
+    )
     if interrupted:
         raise KeyboardInterrupt(record)
     return record
@@ -123,7 +83,7 @@ def _with_reference(order: Order, listener: Listener) -> Order:
     )
     told = Told()
     ending = _work(making, told, listener, time.monotonic(), "--reference")
-    status, message = _outcome(making, told, ending, interrupted=False)
+    status, message = outcome_of(making, told, ending, interrupted=False)
     if status == "completed":
         return order
     why = f"the unquantized reference could not be made: {status}: {message}"
@@ -215,58 +175,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     if process.stdin:
         process.stdin.close()
-
-
-def _record(
-    order: Order,
-    told: Told,
-    ending: Ending,
-    interrupted: bool,
-    prepare_seconds: float | None,
-    started_at: str,
-    wall_seconds: float,
-) -> Record:
-    """The record of a run from everything known about it."""
-    status, message = _outcome(order, told, ending, interrupted)
-    sections = {name: value for name, value in told.sections.items() if name in Record.model_fields}
-    if "load" in sections and prepare_seconds is not None:
-        sections["load"]["prepare_seconds"] = prepare_seconds
-    known = {
-        "key": order.request.key,
-        "command": order.request.command,
-        "request": order.request,
-        "status": status,
-        "stage": None if status == "completed" else told.stage,
-        "message": message,
-        "stderr_tail": None if status == "completed" else ending.stderr_tail,
-        "exit_code": ending.exit_code,
-        "started_at": started_at,
-        "wall_seconds": wall_seconds,
-    }
-    try:
-        return Record.model_validate({**known, "memory": told.memory, "steps": told.steps, **sections})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        why = f"the worker told something that is no record: {where}: {first['msg']}"
-        return Record.model_validate(
-            {**known, "status": "crashed", "stage": told.stage, "message": why, "memory": Memory()}
-        )
-
-
-def _outcome(order: Order, told: Told, ending: Ending, interrupted: bool) -> tuple[str, str | None]:
-    if interrupted:
-        return "interrupted", "stopped by the user"
-    if told.status is not None:
-        return told.status, told.message
-    if ending.timed_out:
-        return "timeout", f"no result within {order.request.timeout_seconds:g} s"
-    if ending.exit_code is not None and ending.exit_code < 0:
-        number = -ending.exit_code
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        hint = " (the system may have run out of memory)" if number == signal.SIGKILL else ""
-        return "crashed", f"the worker was ended by {name}{hint}"
-    return "crashed", f"the worker ended with code {ending.exit_code} and told no outcome"
 
 
 def _tail(log: Path) -> str | None:

@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from bench.run.training import Trainer
     from bench.run.workload import WorkloadReader
 
-CALIBRATION_TEXTS = 32
-"""Of about 300 tokens each: minutes for a small model on two cores. Published checkpoints use more."""
-CALIBRATION_START = 1_000_000
-
 
 @dataclass
 class Loaded:
@@ -69,6 +65,7 @@ class Run:
             self._import_libraries()
             from bench.load.model import linear_shapes
             from bench.load.packed import calibrate_checkpoint, pack_checkpoint
+            from bench.run.instructions import calibration_texts
 
             builder = self._builder()
             backend, model, weights = builder.open(self.request, self.order.model_folder, stressed=False)
@@ -111,6 +108,8 @@ class Run:
         adapters = self._attach(loaded, builder.pairs, probe)
         self.channel.stage("train")
         trainer = self._train(adapters, loaded, builder.reader(), probe)
+        # Whatever becomes of what follows, this run is complete.
+        self.channel.send("outcome", status="completed", message=None)
         # Handed over whole: what holds the failing model must be able to let it go.
         aftermath = Aftermath(builder, self.telling, loaded, trainer)
         del loaded, adapters, trainer
@@ -248,15 +247,3 @@ class Run:
         self.channel.section("trainable_weights_finite", watch.end(self.request.workload.steps - 1))
         self.telling.failure(watch.finder.found)
         return trainer
-
-
-def calibration_texts() -> list[str]:
-    """The texts that packed checkpoints are calibrated on: generated conversations as plain text, from an
-    index range that the training does not reach."""
-    from bench.run.instructions import conversation
-
-    groups = range(CALIBRATION_START, CALIBRATION_START + 3 * CALIBRATION_TEXTS, 3)
-    return [
-        "\n".join(message["content"] for index in range(first, first + 3) for message in conversation(index))
-        for first in groups
-    ]

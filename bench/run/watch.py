@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from bench.load.lora import Adapters
-from bench.probe.failure import FailureFinder, Observation
+from bench.probe.failure import FailureFinder
 from bench.probe.gradients import non_finite_tensors, tensor_statistics
+from bench.probe.observation import Observation
 from bench.probe.ranges import RangeProbe
 from bench.record.stability import FirstFailure
 from bench.run.workload import Batch

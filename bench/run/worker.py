@@ -31,14 +31,15 @@ def main(arguments: list[str]) -> int:
     watched = WatchedVariables()
     hide_packages(foreign_libraries(get_backend(order.request.backend).backend))
     run = Run(order, channel, watched, scratch=Path(arguments[0]).parent)
+    work = {"--prepare": run.prepare, "--reference": run.make_reference}
     try:
-        work = {"--prepare": run.prepare, "--reference": run.make_reference}
         work.get(arguments[-1], run.measure)()
     except Exception as error:  # noqa: BLE001 - whatever a library raises is this run's outcome
         traceback.print_exc()
         channel.send("outcome", status=_status_of(error), message=_message_of(error))
     else:
-        channel.send("outcome", status="completed", message=None)
+        if arguments[-1] in work:
+            channel.send("outcome", status="completed", message=None)
     return 0
 
 

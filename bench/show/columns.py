@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bench.judge.comparison import Comparison
 from bench.judge.groups import Spread, Summary, summarize
 from bench.judge.rows import Row
-from bench.judge.stability import spelt
+from bench.judge.scaler import spelt
 
 MISSING = "–"  # noqa: RUF001  (an en dash is meant)
 GIB = 2**30

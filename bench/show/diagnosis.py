@@ -15,7 +15,7 @@ from typing import Any
 from bench.judge.logs.diagnosis import Diagnosis
 from bench.judge.logs.evidence import evidence, next_steps
 from bench.judge.logs.flags import Flag
-from bench.judge.stability import spelt
+from bench.judge.scaler import spelt
 from bench.show.first_nan import candidate_lines, first_nan_sentences, first_nan_title
 
 WIDTH = 100

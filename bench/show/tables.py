@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bench.judge.comparison import Comparison
 from bench.judge.rows import Row, largest
-from bench.judge.stability import spelt
+from bench.judge.scaler import spelt
 from bench.record.triage import Triage
 from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
 from bench.show.stability_markdown import stability_blocks

@@ -15,7 +15,7 @@ from bench.judge.logs.first_nan import FirstNaN, Search, at_the_latest, without_
 from bench.judge.logs.flags import is_ordinary_loss
 from bench.judge.logs.ordinary_loss import OrdinaryLoss, ordinary_loss
 from bench.judge.logs.windows import Windows
-from bench.judge.stability import spelt
+from bench.judge.scaler import spelt
 from bench.record.logs.logged_values import LoggedWindow
 from bench.record.logs.training_log import TrainingLog
 
