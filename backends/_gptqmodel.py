@@ -18,6 +18,7 @@ from bench.load.contract import DTYPE_BYTES, Layer, Options, Shape, Workspace, l
 if TYPE_CHECKING:
     import torch
 
+EVEN_CODES_DEVIATION = ((16**2 - 1) / 12) ** 0.5
 GROUP_SIZES = {"cpu": (32, 64, 128), "cuda": (16, 32, 64, 128)}
 """What the trainable kernels take: the CPU's ATen kernel starts at 32."""
 
@@ -155,6 +156,25 @@ def run_calibration(
     model = GPTQModel.load(str(model_folder), QuantizeConfig(**config))
     model.quantize(list(texts), batch_size=1)
     model.save(str(output))
+
+
+def random_words(shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """int32 words of 8 random codes each: every code from 0 to 15 is as likely."""
+    import torch
+
+    low, high = -(2**31), 2**31
+    return torch.randint(low, high, shape, generator=generator, device=device, dtype=torch.int32)
+
+
+def random_scales(
+    shape: tuple[int, int], deviation: float, generator: torch.Generator, device: torch.device
+) -> torch.Tensor:
+    """float16 scales, within a tenth of what gives weights of the standard deviation ``deviation``: codes
+    that are all as likely have one of sqrt((16^2 - 1)/12) = 4.61."""
+    import torch
+
+    spread = 0.9 + 0.2 * torch.rand(shape, generator=generator, device=device)
+    return (deviation / EVEN_CODES_DEVIATION * spread).to(torch.float16)
 
 
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,22 @@ class Awq(PackedBackend):
             "scales": scale.t().contiguous(),
         }
 
+    def draw(
+        self, shape: Shape, deviation: float, generator: torch.Generator, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Even codes; zero points of 7 and 8, on either side of the codes' mean."""
+        import torch
+
+        groups, words = shape.in_features // self.options.group_size, shape.out_features // 8
+        sevens = torch.full((groups, words), 0x77777777, dtype=torch.int32, device=device)
+        # 7 + 1 = 8: each zero point is raised or not by a bit of its own.
+        raised = shared.random_words((groups, words), generator, device) & 0x11111111
+        return {
+            "qweight": shared.random_words((shape.in_features, words), generator, device),
+            "qzeros": sevens + raised,
+            "scales": shared.random_scales((groups, shape.out_features), deviation, generator, device),
+        }
+
     def linear(self, layer: Layer) -> torch.nn.Module:
         """gptqmodel's AWQ layer."""
         kernel = shared.kernel_class("awq", "gemm", self.options, self.device, AUTOMATIC_KERNELS)

@@ -119,10 +119,13 @@ class Int8(Backend):
             threshold=self.options.outlier_threshold,
             device="meta",
         )
-        # The quantizing kernel takes float16 and would cast itself; bfloat16 values of ordinary size
-        # lose nothing in the cast, since float16 has more mantissa bits.
-        weight = bnb.nn.Int8Params(layer.tensors["weight"], requires_grad=False, has_fp16_weights=False)
-        built.weight = weight.to(layer.device)
+        # As Int8Params does on its way to a device, which it does for tensors of the CPU only. The quantizing
+        # kernel takes float16; bfloat16 values of ordinary size lose nothing in the cast, since float16 has
+        # more mantissa bits.
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(layer.tensors["weight"].to(torch.float16))
+        built.weight = bnb.nn.Int8Params(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+        )
         if layer.bias is not None:
             built.bias = torch.nn.Parameter(layer.bias, requires_grad=False)
         return built  # type: ignore[no-any-return]

@@ -80,6 +80,23 @@ class Gptq(PackedBackend):
             "g_idx": index,
         }
 
+    def draw(
+        self, shape: Shape, deviation: float, generator: torch.Generator, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Even codes around the zero point 8, which its first format stores as 7."""
+        import torch
+
+        groups = shape.in_features // self.options.group_size
+        index = torch.arange(shape.in_features, dtype=torch.int32, device=device)
+        return {
+            "qweight": shared.random_words((shape.in_features // 8, shape.out_features), generator, device),
+            "qzeros": torch.full(
+                (groups, shape.out_features // 8), 0x77777777, dtype=torch.int32, device=device
+            ),
+            "scales": shared.random_scales((groups, shape.out_features), deviation, generator, device),
+            "g_idx": index // self.options.group_size,
+        }
+
     def linear(self, layer: Layer) -> torch.nn.Module:
         """gptqmodel's layer, its zero points brought into the form that its kernels compute with."""
         import torch

@@ -112,6 +112,7 @@ def _trainer(case: dict[str, Any]) -> tuple[Any, Any]:
 
     from bench.ask.experiment import Lora, Workload
     from bench.load.contract import PackedBackend
+    from bench.load.layout import Layout
     from bench.load.lora import attach
     from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
     from bench.load.registry import get_backend
@@ -140,7 +141,7 @@ def _trainer(case: dict[str, Any]) -> tuple[Any, Any]:
             return backend.pack(dense.tensor(f"{owner}.weight"))[part]  # type: ignore[attr-defined]
 
     weights = Packed() if isinstance(backend, PackedBackend) else dense
-    built = build_model(model, weights, backend, torch.device("cpu"))
+    built = build_model(model, weights, backend, Layout.on(torch.device("cpu")))
     enable_checkpointing(built.model, case["checkpointing"])
     work = Workload(
         sequence_length=case["length"],

@@ -190,7 +190,7 @@ class Rig:
         self.channel = Kept()
         self.telling = Telling(self.channel, order)
         self.builder = Builder(order, self.channel, WatchedVariables())
-        self.backend, self.built, self.shapes = self.builder.build(asked, CPU)
+        self.backend, self.built, self.shapes = self.builder.build(asked)
         if self.plant.weights:
             self.plant.weights(self.built)
         self.telling.quantization(self.backend, self.built, self.shapes)

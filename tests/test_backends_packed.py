@@ -15,6 +15,7 @@ from backends import _gptqmodel as shared
 from backends.awq import COLUMN_ORDER
 from bench.errors import BadValue
 from bench.load.contract import Shape
+from bench.load.layout import Layout
 from bench.load.model import build_model, skeleton
 from bench.load.registry import get_backend
 from bench.load.weights import CheckpointWeights
@@ -31,6 +32,7 @@ import torch
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig, Qwen2Config, Qwen2ForCausalLM
 
 from bench.load.contract import Layer, Shape
+from bench.load.layout import Layout
 from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
 from bench.load.packed import pack_checkpoint
 from bench.load.proof import layer_bits
@@ -114,7 +116,7 @@ def work(method, folder):
         made = backend(dtype, **options)
         made.adopt(saved)
         weights = CheckpointWeights(folder / "packed")
-        return build_model(skeleton(architecture, "sdpa"), weights, made, CPU).model
+        return build_model(skeleton(architecture, "sdpa"), weights, made, Layout.on(CPU)).model
 
     for dtype in ("float32", "bfloat16"):
         kind = {"gptq": GPTQConfig, "awq": AwqConfig}[method]
@@ -327,7 +329,9 @@ def test_a_packed_model_computes_what_a_dense_one_of_its_unpacked_weights_comput
     method, found, folder = done
     architecture = json.loads((folder / "config.json").read_text())
     made = get_backend("bf16").create({}, "cpu", dtype)
-    built = build_model(skeleton(architecture, "sdpa"), Unpacked(method, folder), made, torch.device("cpu"))
+    built = build_model(
+        skeleton(architecture, "sdpa"), Unpacked(method, folder), made, Layout.on(torch.device("cpu"))
+    )
     with torch.no_grad():
         wanted = built.model(input_ids=torch.arange(24).reshape(2, 12)).logits.float()
     assert float((found["own kernel", dtype].float() - wanted).norm() / wanted.norm()) < limit

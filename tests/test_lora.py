@@ -6,6 +6,7 @@ from torch import nn
 
 from bench.ask.experiment import Lora
 from bench.load.contract import Layer, Shape
+from bench.load.layout import Layout
 from bench.load.lora import attach, initial_values, tensors_digest
 from bench.load.model import build_model, linear_shapes, skeleton
 from bench.load.registry import get_backend
@@ -31,7 +32,7 @@ def attached(backend="bf16", seed=0, dtype="bfloat16", **lora):
     model = skeleton(ARCHITECTURE, "sdpa")
     weights = SyntheticWeights({name: p.shape for name, p in model.named_parameters()}, 0.02)
     made.fit(list(linear_shapes(model).values()))
-    built = build_model(model, weights, made, torch.device("cpu"))
+    built = build_model(model, weights, made, Layout.on(torch.device("cpu")))
     return attach(built.model, Lora(**lora), seed)
 
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from bench.load.layout import Layout
 from bench.load.model import build_model, linear_shapes, skeleton, unquantized_digest
 from bench.load.registry import get_backend
 from bench.load.weights import CheckpointWeights, SyntheticWeights
@@ -37,7 +38,7 @@ def checkpoint(folder, *, tied=True, dtype=torch.bfloat16):
 
 def built(folder, architecture, backend="bf16", dtype="bfloat16", attention="sdpa"):
     made = get_backend(backend).create({}, "cpu", dtype)
-    return build_model(skeleton(architecture, attention), CheckpointWeights(folder), made, CPU)
+    return build_model(skeleton(architecture, attention), CheckpointWeights(folder), made, Layout.on(CPU))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -153,7 +154,7 @@ def test_progress_is_told_for_every_layer_and_at_the_end(tmp_path):
         skeleton(architecture, "sdpa"),
         CheckpointWeights(folder),
         made,
-        CPU,
+        Layout.on(CPU),
         lambda done, total: told.append((done, total)),
     )
     assert told == [(done, 14) for done in range(15)]
@@ -188,5 +189,5 @@ def test_a_synthetic_model_computes_finite_logits():
     }
     model = skeleton(architecture, "sdpa")
     weights = SyntheticWeights({name: p.shape for name, p in model.named_parameters()}, 0.02)
-    done = build_model(model, weights, get_backend("bf16").create({}, "cpu", "bfloat16"), CPU)
+    done = build_model(model, weights, get_backend("bf16").create({}, "cpu", "bfloat16"), Layout.on(CPU))
     assert bool(done.model(input_ids=IDS).logits.isfinite().all())

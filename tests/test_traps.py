@@ -10,6 +10,7 @@ import torch
 
 from bench.ask.preset import load_preset
 from bench.load.contract import Layer, Shape
+from bench.load.layout import Layout
 from bench.load.model import build_model, skeleton
 from bench.load.registry import find_backends, foreign_libraries
 from bench.load.weights import SyntheticWeights
@@ -41,7 +42,7 @@ def test_no_more_than_one_dense_layer_is_held_while_loading(backend: str) -> Non
     made.linear(
         Layer("first", Shape(*dense.shape), {"weight": dense}, None, torch.bfloat16, torch.device("cpu"))
     )
-    build_model(model, Watched(shapes, 0.02), made, torch.device("cpu"))
+    build_model(model, Watched(shapes, 0.02), made, Layout.on(torch.device("cpu")))
     assert len(alive) == 14
     assert most <= 1
 
@@ -97,7 +98,7 @@ def test_embeddings_norms_and_head_keep_the_compute_dtype_under_every_backend(tm
         model = skeleton(ARCHITECTURE, "sdpa")
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         built = build_model(model, SyntheticWeights(shapes, 0.02), find_backends()[backend].create({}, "cpu", "bfloat16"),
-                            torch.device("cpu"))  # fmt: skip
+                            Layout.on(torch.device("cpu")))  # fmt: skip
         dtypes = {p.dtype for n, p in built.model.named_parameters() if "proj" not in n}
         assert dtypes == {torch.bfloat16}
         assert built.model.get_output_embeddings().weight is built.model.get_input_embeddings().weight  # type: ignore[operator]

@@ -17,6 +17,10 @@ from bench.errors import BadValue, nearest
 Dtype = Literal["bfloat16", "float16", "float32"]
 Attention = Literal["sdpa", "sdpa_math", "sdpa_flash", "sdpa_efficient", "eager"]
 """``sdpa``: torch chooses the kernel of its scaled dot product; ``sdpa_*``: that one; ``eager``: unfused."""
+Placement = Literal["single", "split", "ddp", "fsdp"]
+"""``single``: one device. ``split``: decoder layers spread over the devices of one process, which work one
+after another. ``ddp``: a process for each device, each with the whole model and rows of its own. ``fsdp``: so
+too, with the frozen weights cut over the devices and gathered layer by layer."""
 TARGET_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Named, never "all-linear": PEFT's "all-linear" finds nothing under HQQ, whose layer is no nn.Linear."""
 
@@ -102,6 +106,11 @@ class Experiment(Frozen):
     """Backend id -> its options, checked by the adapter."""
     dtype: Dtype = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    placement: Placement = "single"
+    device_count: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Devices of one run; None: one for ``single``, else every card of the machine (two on a CPU)."""
+    cache: bool = False
+    """Keep the quantized model on disk, and load it from there the next time."""
     attention: Attention = "sdpa"
     checkpointing: Literal["non_reentrant", "reentrant", "none"] = "non_reentrant"
     workload: Workload = Workload()
@@ -126,6 +135,7 @@ SETTABLE = {
     **{f"lora.{name}": None for name in Lora.model_fields},
     **{f"optimizer.{name}": None for name in Optimizer.model_fields},
     **dict.fromkeys(("attention", "checkpointing", "device", "cpu_threads", "timeout_seconds", "fidelity")),
+    **dict.fromkeys(("placement", "device_count", "cache")),
 }
 """Keys that ``--set`` takes, besides ``BACKEND.OPTION``."""
 

@@ -15,13 +15,16 @@ from pydantic import ValidationError
 from bench.ask.experiment import Frozen
 from bench.ask.models import ResolvedModel, cache_folder
 from bench.ask.plan import ModelRequest, RunRequest
+from bench.errors import BadValue
 
 MANIFEST = "qlora_bench.json"
 LAYOUT = 2
 """Raised when what the project writes changes, so that older checkpoints in a cache are not read."""
-Calibration = Literal["auto", "rtn", "calibrated"]
+Calibration = Literal["auto", "rtn", "calibrated", "random"]
 CALIBRATIONS = get_args(Calibration)
-Method = Literal["rtn", "calibrated", "published"]
+RANDOM_HINT = "use --weights synthetic, or --calibration rtn or calibrated"
+Method = Literal["rtn", "calibrated", "published", "random"]
+RANDOM_NOTE = "its codes and scales were drawn at random: memory and speed are the format's, values are not"
 
 
 class Manifest(Frozen):
@@ -32,16 +35,24 @@ class Manifest(Frozen):
     seconds: float
 
 
-def decide_calibration(model: ModelRequest, asked: Calibration) -> tuple[Method, str | None]:
+def decide_calibration(
+    model: ModelRequest, asked: Calibration, preset: Calibration = "auto"
+) -> tuple[Method, str | None]:
     """How the packed checkpoint of ``model`` comes to be, and a note where that is not what was asked.
 
     A checkpoint that is quantized already is read as published. ``auto``: real weights are calibrated with
     the backend's own method, synthetic ones rounded to nearest (there is nothing to calibrate on random
-    values). A model cut with --layers is rounded as well, since the calibrating library reads whole
-    checkpoints.
+    values), or drawn as codes where the preset says so: a large model's dense weights would be drawn and
+    rounded for many minutes only to change values that mean nothing. A model cut with --layers is rounded as
+    well, since the calibrating library reads whole checkpoints. Raises BadValue for random codes in the place
+    of real weights.
     """
     if "quantization_config" in model.architecture:
         return "published", None
+    if asked == "random" and model.weights == "real":
+        raise BadValue("--calibration random: random codes would take the place of real weights", RANDOM_HINT)
+    if asked == "random" or (asked == "auto" and preset == "random" and model.weights == "synthetic"):
+        return "random", RANDOM_NOTE
     if asked == "rtn":
         return "rtn", None
     if model.weights == "synthetic":

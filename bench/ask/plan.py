@@ -15,7 +15,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from bench.ask.experiment import Attention, Dtype, Experiment, Frozen, Lora, Optimizer, Workload
+from bench.ask.experiment import (
+    Attention,
+    Dtype,
+    Experiment,
+    Frozen,
+    Lora,
+    Optimizer,
+    Placement,
+    Workload,
+)
 from bench.ask.preset import load_preset
 from bench.errors import UserError
 
@@ -25,6 +34,9 @@ LATER_FIELDS = (
     "fidelity",
     "lora.precision",
     "workload.without_targets",
+    "placement",
+    "device_count",
+    "cache",
 )
 """Fields that requests did not have at first. At their default they are left out of the key, so that a
 record made before stays the record of its run."""
@@ -53,10 +65,15 @@ class RunRequest(Frozen):
     backend: str
     options: Mapping[str, Any]
     """The backend's options, complete: defaults included."""
-    calibration: Literal["rtn", "calibrated", "published"] | None = None
-    """How the packed checkpoint is made, or that it is read as published; None: quantized on load."""
+    calibration: Literal["rtn", "calibrated", "published", "random"] | None = None
+    """How the packed checkpoint is made, that it is read as published, or that there is none and codes are
+    drawn at random; None: quantized on load."""
     dtype: Dtype
     device: Literal["cpu", "cuda"]
+    placement: Placement = "single"
+    device_count: Annotated[int, Field(ge=1)] = 1
+    """Devices of this run: of its one process, or one for each of its processes."""
+    cache: bool = False
     attention: Attention
     checkpointing: Literal["non_reentrant", "reentrant", "none"]
     workload: Workload
@@ -92,15 +109,16 @@ class RunRequest(Frozen):
         return "qlora-bench run " + shlex.join(_flags(self))
 
 
-def plan(
+def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
     experiment: Experiment,
     model: ModelRequest,
     *,
     device: Literal["cpu", "cuda"],
+    device_count: int = 1,
     cpu_threads: int,
     options: Mapping[str, Mapping[str, Any]],
     libraries: Mapping[str, Sequence[str]],
-    calibrations: Mapping[str, Literal["rtn", "calibrated", "published"] | None],
+    calibrations: Mapping[str, Literal["rtn", "calibrated", "published", "random"] | None],
     data_digest: str | None = None,
 ) -> list[RunRequest]:
     """Order the runs of ``experiment``.
@@ -118,6 +136,9 @@ def plan(
             calibration=calibrations[backend],
             dtype=experiment.dtype,
             device=device,
+            placement=experiment.placement,
+            device_count=device_count,
+            cache=experiment.cache,
             attention=experiment.attention,
             checkpointing=experiment.checkpointing,
             workload=experiment.workload,
@@ -179,6 +200,10 @@ def _flags(request: RunRequest) -> list[str]:
     asked, given = _settable(request), _settable(_experiment_of_preset(request.preset))
     settings |= {name: value for name, value in asked.items() if name not in given or value != given[name]}
     settings["fidelity"] = "on" if request.fidelity else "off"
+    if request.placement != "single":
+        settings |= {"placement": request.placement, "device_count": request.device_count}
+    if request.cache:
+        settings["cache"] = True
     spelt = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
     for pattern, factor in request.stress.items():
         spelt += ["--stress", f"{pattern}={factor:.17g}"]

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -29,6 +29,8 @@ class Preset(Frozen):
     description: str
     model: str | None = None
     architecture: Mapping[str, Any] | None = None
+    calibration: Literal["auto", "random"] = "auto"
+    """How packed formats of synthetic weights come to be where --calibration does not say."""
     needs_cuda_gib: float | None = Field(default=None, gt=0)
     """Memory of the smallest card that holds it in 4 bit; None: runs on a CPU."""
 

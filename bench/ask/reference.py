@@ -30,6 +30,8 @@ def reference_dtype(request: RunRequest, memory_bytes: int | None) -> tuple[Dtyp
     model = request.model
     if request.calibration == "published":
         return None, "the checkpoint is published quantized: there are no dense weights to compare with"
+    if request.calibration == "random":
+        return None, "codes were drawn at random: they stand for no dense weights"
     try:
         count = decoder_of(model.architecture).parameters
     except UserError as error:
@@ -54,6 +56,9 @@ def reference_request(request: RunRequest, dtype: Dtype) -> RunRequest:
             "dtype": dtype,
             "stress": {},
             "trace": False,
+            "placement": "single",
+            "device_count": 1,
+            "cache": False,
             "lora": request.lora.model_copy(update={"precision": "autocast"}),
         }
     )

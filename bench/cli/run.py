@@ -25,6 +25,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--dtype", metavar="DTYPE", help="Compute dtype: bfloat16, float16 or float32."),
     click.option("--device", metavar="DEVICE", help="auto, cpu or cuda."),
+    click.option("--placement", metavar="KIND", help="Devices of a run: single, split, ddp or fsdp."),
+    click.option("--device-count", type=int, metavar="N", help="How many devices, where it is not single."),
     click.option("--model", metavar="SRC", help="A Hub id or a folder, instead of the preset's model."),
     click.option("--weights", metavar="KIND", help="auto (real where on this disk), real or synthetic."),
     click.option("--layers", type=int, metavar="N", help="Keep only the first N decoder layers."),
@@ -37,7 +39,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         default="auto",
         show_default=True,
         metavar="HOW",
-        help="How GPTQ and AWQ checkpoints are made: auto, rtn or calibrated.",
+        help="How GPTQ and AWQ checkpoints are made: auto, rtn, calibrated or random.",
     ),
     click.option("--timeout-seconds", type=float, metavar="N", help="Limit of each run."),
     click.option(
@@ -60,6 +62,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="DIR",
         help="Folder of records and report.  [default: results/local/PRESET]",
     ),
+    click.option("--cache", is_flag=True, help="Keep quantized models on disk and load them again."),
     click.option("--download", is_flag=True, help="Agree to fetch the model from the Hub if it is not here."),
     click.option("--force", is_flag=True, help="Repeat runs that are recorded already."),
 )
@@ -110,6 +113,8 @@ def run(dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
+    from bench.run.sweep import obstacle
+
     waiting = {request.key for request in sweep.waiting()}
     if as_json:
         click.echo(json.dumps([request.model_dump(mode="json") for request in sweep.requests], indent=1))
@@ -119,8 +124,8 @@ def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
         state = (
             "recorded already"
             if request.key not in waiting
-            else f"unavailable: {entry.install_line}"
-            if entry.missing
+            else f"unavailable: {reason}"
+            if (reason := obstacle(request, entry))
             else "to run"
         )
         click.echo(f"{request.key}  seed {request.seed}  {state}")

@@ -96,6 +96,8 @@ CHECKS = (
     Check("attention", "breaking", "workload.attention"),
     Check("checkpointing", "breaking", "request.checkpointing"),
     Check("device", "breaking", "request.device"),
+    Check("placement", "breaking", "request.placement"),
+    Check("devices of a run", "breaking", "request.device_count"),
     Check("device names", "breaking", "environment.devices"),
     Check("CPU threads", "breaking", "environment.cpu_threads"),
     Check("data file (digest)", "breaking", "request.data_digest"),

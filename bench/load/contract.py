@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from bench.ask.experiment import Dtype, Frozen
+from bench.ask.experiment import Dtype, Frozen, Placement
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer to be built. Tensors are on the CPU; the result belongs on ``device``."""
+    """One linear layer to be built. Its tensors are on ``device``, where the result belongs."""
 
     name: str
     shape: Shape
@@ -91,6 +91,12 @@ class Backend(ABC):
     adapter_casts_input: ClassVar[bool] = True
     """Whether PEFT's LoRA layer on top casts its input to the adapter's dtype under autocast too, so that
     each projection keeps a copy of its own. All do, but those written for HQQ and AWQ layers."""
+    refused_placements: ClassVar[Mapping[Placement, str]] = {
+        "fsdp": "FSDP cuts and gathers plain floating-point parameters, which its packed ones are not"
+    }
+    """Placements that it cannot be trained in, with the reason."""
+    placement: Placement = "single"
+    """How this run uses its devices; set by the harness before `fit`."""
 
     def __init__(self, options: Options, device: str, requested_dtype: Dtype) -> None:
         self.options = options
@@ -156,6 +162,14 @@ class PackedBackend(Backend):
     @abstractmethod
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Quantize one dense weight (out x in) by rounding to nearest, in the checkpoint's layout."""
+
+    @abstractmethod
+    def draw(
+        self, shape: Shape, deviation: float, generator: torch.Generator, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """A layer of random codes and valid scales, as `pack` would give them, on ``device``.
+
+        The weights it stands for are as wide as normal ones of the standard deviation ``deviation``."""
 
     @abstractmethod
     def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:

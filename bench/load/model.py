@@ -15,18 +15,21 @@ import torch
 from torch import nn
 
 from bench.load.contract import Backend, Layer, PackedBackend, Shape
+from bench.load.layout import Layout, carry
 from bench.load.weights import Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HASH_CHUNK_BYTES = 64 * 2**20
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A frozen causal language model, and the names of its quantized linear layers."""
+    """A frozen causal language model, the names of its quantized linear layers, and where its parts are."""
 
     model: nn.Module
     layers: tuple[str, ...]
+    layout: Layout
 
     def quantized(self) -> Iterator[tuple[str, nn.Module]]:
         """The quantized layers by name, in the model's order."""
@@ -67,44 +70,50 @@ def build_model(
     model: nn.Module,
     weights: Weights,
     backend: Backend,
-    device: torch.device,
+    layout: Layout,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> BuiltModel:
-    """Fill ``model`` in place: linear layers through ``backend``, the rest in the compute dtype.
+    """Fill ``model`` in place: linear layers through ``backend``, the rest in the compute dtype, each part
+    where ``layout`` says.
 
     ``progress`` is called with the number of modules done and in all.
     """
     dtype = DTYPES[backend.dtype]
     shapes = linear_shapes(model)
-    _place_the_rest(model, weights, shapes, dtype, device)
+    _place_the_rest(model, weights, shapes, dtype, layout)
     for done, (name, shape) in enumerate(shapes.items()):
         progress(done, len(shapes))
         # In a function of its own, so that a layer's dense weight is gone before the next one is read.
-        quantized = _quantize(name, shape, model, weights, backend, device)
+        quantized = _quantize(name, shape, model, weights, backend, layout.device_of(name))
         model.set_submodule(name, quantized, strict=True)
     progress(len(shapes), len(shapes))
     model.requires_grad_(False)
     # Training mode throughout: in eval mode several kernels take paths without a backward.
     model.train()
-    return BuiltModel(model, tuple(shapes))
+    carry(model, layout)
+    return BuiltModel(model, tuple(shapes), layout)
 
 
 def _quantize(
     name: str, shape: Shape, model: nn.Module, weights: Weights, backend: Backend, device: torch.device
 ) -> nn.Module:
-    tensors = {suffix: weights.tensor(f"{name}.{suffix}") for suffix in _tensor_names(backend)}
+    tensors = {suffix: weights.tensor(f"{name}.{suffix}", device) for suffix in _tensor_names(backend)}
     if "weight" in tensors:
         _check_shape(f"{name}.weight", tensors["weight"], (shape.out_features, shape.in_features))
     dtype = DTYPES[backend.dtype]
     has_bias = model.get_submodule(name).bias is not None
-    bias = weights.tensor(f"{name}.bias").to(device=device, dtype=dtype) if has_bias else None
+    bias = weights.tensor(f"{name}.bias", device).to(dtype) if has_bias else None
     return backend.linear(Layer(name, shape, tensors, bias, dtype, device))
 
 
 def unquantized_digest(built: BuiltModel) -> str:
-    """SHA-256 over names and bytes of everything that is not a quantized layer, as placed."""
+    """SHA-256 over names and bytes of everything that is not a quantized layer, as placed. The copy that a
+    tied head on another device needs counts as the embedding it is."""
     digest = hashlib.sha256()
+    tied = built.model.config.tie_word_embeddings  # type: ignore[union-attr]
     for name, parameter in _outside(built.model, built.layers):
+        if tied and name == HEAD:
+            continue
         digest.update(name.encode())
         flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
         for start in range(0, flat.numel(), HASH_CHUNK_BYTES):
@@ -133,16 +142,26 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> 
 
 
 def _place_the_rest(
-    model: nn.Module, weights: Weights, shapes: Mapping[str, Shape], dtype: torch.dtype, device: torch.device
+    model: nn.Module, weights: Weights, shapes: Mapping[str, Shape], dtype: torch.dtype, layout: Layout
 ) -> None:
     for name, parameter in list(_outside(model, shapes)):
         owner, _, attribute = name.rpartition(".")
-        value = weights.tensor(name)
+        value = weights.tensor(name, layout.device_of(name))
         _check_shape(name, value, tuple(parameter.shape))
-        placed = nn.Parameter(value.to(device=device, dtype=dtype), requires_grad=False)
+        placed = nn.Parameter(value.to(dtype), requires_grad=False)
         setattr(model.get_submodule(owner), attribute, placed)
     # A tied head still holds its meta tensor; tying again points it at the placed embedding.
     model.tie_weights()  # type: ignore[operator]
-    for module in model.modules():
+    _untie_across(model, layout)
+    for name, module in model.named_modules():
         for buffer_name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, buffer_name, buffer.to(device))
+            setattr(module, buffer_name, buffer.to(layout.device_of(name)))
+
+
+def _untie_across(model: nn.Module, layout: Layout) -> None:
+    """A tied head in another place than the embedding needs the weight there as well."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    there = layout.place_of(HEAD)
+    if head is not None and head.weight is embedding.weight and there != layout.places[0]:
+        copied = embedding.weight.detach().to(there.device, copy=True)
+        head.weight = nn.Parameter(copied, requires_grad=False)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bench.ask.stress import Pair
-from bench.load.weights import Weights
+from bench.load.weights import CPU, Weights
 
 ADDS_BEFORE_THE_PRODUCT = ("q_proj", "k_proj", "v_proj", "up_proj")
 """Layers whose bias is part of what their partner undoes; that of o_proj and down_proj comes after it."""
@@ -40,9 +40,9 @@ class StressedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self.plain
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """The tensor, rescaled where its layer is, in its own dtype."""
-        tensor = self.plain.tensor(name)
+        tensor = self.plain.tensor(name, device)
         module, _, kind = name.rpartition(".")
         factor = self._factors.get(module)
         if factor is None or not _is_scaled(module, kind):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bench.load.contract import Backend
+from bench.load.layout import Layout, Place
 from bench.load.model import BuiltModel
 from bench.load.proof import StorageCount
 from bench.record.schema import BytesByKind, MemoryReading, Phase
@@ -107,61 +108,63 @@ def bytes_by_kind(
     optimizer: torch.optim.Optimizer,
     gradient_bytes: Mapping[str, int],
 ) -> list[BytesByKind]:
-    """Exact bytes of every tensor, by device and kind. Biases of quantized layers count as unquantized.
+    """Exact bytes of every tensor, by place and kind. Biases of quantized layers count as unquantized.
 
-    ``gradient_bytes``: by device, counted by `count_gradients` while the gradients existed.
+    ``gradient_bytes``: by place, counted by `count_gradients` while the gradients existed.
     """
-    devices = {parameter.device for parameter in lora.values()}
     return [
-        _bytes_on(device, built, backend, lora, optimizer, gradient_bytes.get(str(device)))
-        for device in sorted(devices, key=str)
+        _bytes_at(place, built, backend, lora, optimizer, gradient_bytes.get(place.label))
+        for place in built.layout.places
     ]
 
 
-def count_gradients(parameters: Iterable[nn.Parameter]) -> dict[str, int]:
-    """Bytes of the gradients that exist now, by device."""
+def count_gradients(lora: Mapping[str, nn.Parameter], layout: Layout) -> dict[str, int]:
+    """Bytes of the gradients that exist now, by the label of their place."""
     counted: dict[str, int] = {}
-    for parameter in parameters:
+    for name, parameter in lora.items():
         if parameter.grad is not None:
-            device = str(parameter.grad.device)
-            counted[device] = counted.get(device, 0) + parameter.grad.untyped_storage().nbytes()
+            label = layout.place_of(name).label
+            counted[label] = counted.get(label, 0) + parameter.grad.untyped_storage().nbytes()
     return counted
 
 
-def _bytes_on(
-    device: torch.device,
+def _bytes_at(
+    place: Place,
     built: BuiltModel,
     backend: Backend,
     lora: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     gradients: int | None,
 ) -> BytesByKind:
+    def here(name: str) -> bool:
+        return built.layout.place_of(name) == place
+
     count = StorageCount()
-    for _, layer in built.quantized():
+    for name, layer in built.quantized():
         # PEFT put its own module in the layer's place and keeps the layer inside.
-        base = getattr(layer, "base_layer", layer)
-        if any(tensor.device == device for tensor in [*base.parameters(), *base.buffers()]):
-            count.add(base, backend.codes)
+        if here(name):
+            count.add(getattr(layer, "base_layer", layer), backend.codes)
+    own = {name: parameter for name, parameter in lora.items() if here(name)}
     adapters = {id(parameter) for parameter in lora.values()}
     rest = _nbytes(
         tensor
-        for tensor in [*built.model.parameters(), *built.model.buffers()]
-        if tensor.device == device
+        for name, tensor in [*built.model.named_parameters(), *built.model.named_buffers()]
+        if here(name)
         and id(tensor) not in adapters
         and (str(tensor.device), tensor.untyped_storage().data_ptr()) not in count.seen
     )
     state = (
         value
-        for per_parameter in optimizer.state.values()
-        for value in per_parameter.values()
-        if isinstance(value, torch.Tensor) and value.device == device
+        for parameter in own.values()
+        for value in optimizer.state.get(parameter, {}).values()
+        if isinstance(value, torch.Tensor)
     )
     return BytesByKind(
-        device=str(device),
+        device=place.label,
         quantized_weights=count.codes,
         quantization_metadata=count.metadata,
         unquantized_weights=rest + count.biases,
-        lora=_nbytes(parameter for parameter in lora.values() if parameter.device == device),
+        lora=_nbytes(own.values()),
         gradients=gradients,
         optimizer_state=_nbytes(state),
     )

@@ -6,7 +6,8 @@ a number that is not finite is the string "NaN", "Infinity" or "-Infinity".
 
 Schema history
     1   first version; fields added since have a null or empty default, which older records get:
-        the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial
+        the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
+        the placement over several devices and ranks
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from bench.ask.plan import RunRequest
+from bench.record.placement import PlacementFacts
 from bench.record.recorded import Bytes, Recorded, Seconds
 from bench.record.stability import Fidelity, FirstFailure, Replay, StepProbe, StressedPair
 
@@ -80,7 +82,7 @@ class Quantization(Recorded):
     options: Mapping[str, Any]
     """Effective options (a group size that does not divide has been replaced)."""
     calibration: str | None = None
-    """How a pre-quantized checkpoint was made: "rtn", a calibration method, or "published"."""
+    """How a pre-quantized checkpoint was made: "rtn", a calibration method, "published" or "random"."""
     notes: tuple[str, ...] = ()
     """Departures from what was asked, one sentence each."""
 
@@ -137,6 +139,8 @@ class MemoryReading(Recorded):
 
     phase: Phase
     device: str
+    rank: int | None = None
+    """Of the process, where a run has several."""
     allocated_bytes: Bytes | None = None
     peak_allocated_bytes: Bytes | None = None
     reserved_bytes: Bytes | None = None
@@ -151,6 +155,8 @@ class BytesByKind(Recorded):
     """Exact tensor bytes of one device, counted on the tensors themselves."""
 
     device: str
+    rank: int | None = None
+    """Of the process, where a run has several."""
     quantized_weights: Bytes
     quantization_metadata: Bytes
     unquantized_weights: Bytes
@@ -199,6 +205,8 @@ class Proof(Recorded):
 
     quantized: bool | None = None
     """Storage bits per weight of every layer within 1 % of the arithmetic."""
+    placed: bool | None = None
+    """Every parameter and buffer on the device that the placement gives it."""
     base_frozen: bool | None = None
     gradients_reach_adapters: bool | None = None
     """After the first backward every adapter tensor has a gradient, and no B's is zero everywhere (A's is
@@ -231,6 +239,8 @@ class Record(Recorded):
     """UTC, ISO 8601."""
     wall_seconds: Seconds
     environment: Environment | None = None
+    placement: PlacementFacts | None = None
+    """Null in records made before there was a choice: one device."""
     quantization: Quantization | None = None
     load: Load | None = None
     lora: LoraFacts | None = None

@@ -16,8 +16,9 @@ from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.models import resolve_model
 from bench.ask.packing import CALIBRATIONS, decide_calibration
+from bench.ask.placement import count_devices
 from bench.ask.plan import plan
-from bench.ask.preset import AUTOMATIC, choose_preset, load_preset
+from bench.ask.preset import AUTOMATIC, Preset, choose_preset, load_preset
 from bench.ask.stress import parse_stress, resolve_stress
 from bench.errors import BadValue, unknown
 from bench.load.contract import PackedBackend
@@ -27,6 +28,19 @@ from bench.record.store import Store
 from bench.run.sweep import Sweep
 
 DEFAULT_OUT = Path("results/local")
+FLAGS = (
+    "dtype",
+    "device",
+    "placement",
+    "device_count",
+    "model",
+    "weights",
+    "layers",
+    "repeats",
+    "seed",
+    "timeout_seconds",
+)
+"""Flags that are named as the values of an Experiment they set."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Asked:
     device: str | None = None
     model: str | None = None
     weights: str | None = None
+    placement: str | None = None
+    device_count: int | None = None
     layers: int | None = None
     steps: int | None = None
     repeats: int | None = None
@@ -50,6 +66,7 @@ class Asked:
     trace: bool = False
     settings: tuple[str, ...] = ()
     out: Path | None = None
+    cache: bool = False
     download: bool = False
     force: bool = False
 
@@ -71,7 +88,7 @@ def arrange(asked: Asked) -> Arranged:
     if calibration is None:
         raise unknown("calibration", asked.calibration, CALIBRATIONS)
     entries = find_backends()
-    experiment, preset_model, why = _experiment(asked, entries)
+    experiment, preset, why = _experiment(asked, entries)
     backend_options = {
         name: entries[name].options(experiment.options.get(name, {})).model_dump(mode="json")
         for name in experiment.backends
@@ -80,15 +97,18 @@ def arrange(asked: Asked) -> Arranged:
     if experiment.workload.data is not None:
         read_conversations(Path(experiment.workload.data))
         digest = file_digest(Path(experiment.workload.data))
-    model = resolve_model(experiment, preset_model=preset_model, download=asked.download)
+    _refuse_placement(experiment, entries)
+    model = resolve_model(experiment, preset_model=preset.model, download=asked.download)
     resolve_stress(experiment.stress, model.request.architecture, model.request.layers)
     device = _device(experiment.device, has_cuda=bool(cuda_devices()))
-    method, calibration_note = decide_calibration(model.request, calibration)
+    device_count = count_devices(experiment, device, len(cuda_devices()))
+    method, calibration_note = decide_calibration(model.request, calibration, preset.calibration)
     packed = {name for name in experiment.backends if issubclass(entries[name].backend, PackedBackend)}
     requests = plan(
         experiment,
         model.request,
         device=device,
+        device_count=device_count,
         cpu_threads=experiment.cpu_threads or usable_cores(),
         options=backend_options,
         data_digest=digest,
@@ -113,6 +133,20 @@ def arrange(asked: Asked) -> Arranged:
     return Arranged(sweep, headline)
 
 
+def _refuse_placement(experiment: Experiment, entries: dict[str, Entry]) -> None:
+    """Raise BadValue where the placement is possible with no backend that was asked for. Where it is with
+    some, the others become rows that say why."""
+    placement = experiment.placement
+    refused = {name: entries[name].backend.refused_placements.get(placement) for name in experiment.backends}
+    if all(refused.values()):
+        able = [n for n, entry in entries.items() if placement not in entry.backend.refused_placements]
+        raise BadValue(
+            f"--placement {placement} is not possible with {', '.join(refused)}: "
+            f"{next(iter(refused.values()))}",
+            f"possible with: {', '.join(able)}" if able else None,
+        )
+
+
 def _memory_bytes(device: str) -> int | None:
     """Of the largest card, or of the machine."""
     if device == "cuda":
@@ -120,8 +154,8 @@ def _memory_bytes(device: str) -> int | None:
     return int(psutil.virtual_memory().total)
 
 
-def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, str | None, str]:
-    """The validated experiment, the preset's own model name, and why the preset was chosen."""
+def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Preset, str]:
+    """The validated experiment, its preset, and why that was chosen."""
     name, why = asked.preset, ""
     if name == AUTOMATIC:
         memory = max((c.total_memory_bytes for c in cuda_devices() if c.total_memory_bytes), default=None)
@@ -134,17 +168,19 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, st
         "architecture": preset.architecture,
         "backends": _backend_ids(asked.backends, entries),
     }
-    for flag in ("dtype", "device", "model", "weights", "layers", "repeats", "seed", "timeout_seconds"):
+    for flag in FLAGS:
         if getattr(asked, flag) is not None:
             values[flag] = getattr(asked, flag)
     for flag in ("steps", "data"):
         if getattr(asked, flag) is not None:
             _put(values, ("workload", flag), getattr(asked, flag))
+    if asked.cache:
+        values["cache"] = True
     values["stress"], values["trace"] = parse_stress(asked.stress), asked.trace
     for text in asked.settings:
         path, value = parse_setting(text, entries)
         _put(values, path, value)
-    return build_experiment(values), preset.model, why
+    return build_experiment(values), preset, why
 
 
 def _backend_ids(given: Sequence[str], entries: dict[str, Entry]) -> list[str]:

@@ -17,11 +17,12 @@ from bench.ask.models import read_config
 from bench.ask.plan import RunRequest
 from bench.ask.stress import resolve_stress
 from bench.load.contract import PackedBackend
+from bench.load.layout import Layout, Place, spread_layout
 from bench.load.lora import attach
 from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
 from bench.load.registry import get_backend
 from bench.load.stress import StressedWeights
-from bench.load.weights import CheckpointWeights, SyntheticWeights
+from bench.load.weights import CheckpointWeights, RandomCodes, SyntheticWeights
 from bench.run.attention import choose_kernel, implementation
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables
@@ -60,39 +61,43 @@ class Builder:
             published = read_config(folder)
             assert isinstance(backend, PackedBackend)
             backend.adopt(published["quantization_config"])
+        backend.placement = request.placement
         model = skeleton(dict(request.model.architecture), implementation(request.attention))
-        return backend, model, self.source(folder, model, stressed=stressed)
+        return backend, model, self.source(folder, model, backend, stressed=stressed)
 
-    def source(self, folder: Path | None, model: nn.Module, *, stressed: bool = True) -> Weights:
-        """The weights in ``folder``, or drawn in the shapes of ``model`` where there is none."""
+    def source(
+        self, folder: Path | None, model: nn.Module, backend: Backend, *, stressed: bool = True
+    ) -> Weights:
+        """The weights in ``folder``, or drawn in the shapes of ``model`` where there is none: as codes of
+        ``backend``, where its checkpoint would be a packed one and the request says so."""
         weights: Weights
         if folder is not None:
             weights = CheckpointWeights(folder)
         else:
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             deviation = float(self.request.model.architecture.get("initializer_range", 0.02))
-            weights = SyntheticWeights(shapes, deviation)
+            weights = plain = SyntheticWeights(shapes, deviation)
+            if self.request.calibration == "random" and isinstance(backend, PackedBackend):
+                weights = RandomCodes(plain, backend, linear_shapes(model), deviation)
         return StressedWeights(weights, self.pairs) if self.pairs and stressed else weights
 
-    def build(
-        self, request: RunRequest, device: torch.device
-    ) -> tuple[Backend, BuiltModel, dict[str, Shape]]:
-        """The quantized model of a request on a device, with the shapes of its linear layers."""
+    def build(self, request: RunRequest) -> tuple[Backend, BuiltModel, dict[str, Shape]]:
+        """The quantized model of a request where its placement says, with the shapes of its linear layers."""
         choose_kernel(request.attention)
         backend, model, weights = self.open(request, self.order.packed_folder or self.order.model_folder)
         shapes = linear_shapes(model)
-        if not isinstance(backend, PackedBackend):
+        if self.order.packed_folder is None or not isinstance(backend, PackedBackend):
             backend.fit(list(shapes.values()))
+        layout = layout_of(request, backend)
         with self.watched:
-            return backend, build_model(model, weights, backend, device, self.progress), shapes
+            return backend, build_model(model, weights, backend, layout, self.progress), shapes
 
     def trainer_of(self, request: RunRequest) -> Trainer:
         """Another model of this run's worker, ready to train, with nothing that looks on or is recorded."""
-        device = device_of(request.device)
-        backend, built, _ = self.build(request, device)
+        backend, built, _ = self.build(request)
         enable_checkpointing(built.model, request.checkpointing)
         adapters = attach(built.model, request.lora, request.seed, DTYPES[backend.dtype], self.pairs)
-        return make_trainer(adapters, request, self.reader(), [device], backend.dtype)
+        return make_trainer(adapters, request, self.reader(), built.layout.devices, backend.dtype)
 
     def reader(self) -> WorkloadReader:
         """The work from its beginning."""
@@ -106,8 +111,21 @@ class Builder:
             self.channel.send("progress", done=done, total=total)
 
 
-def device_of(kind: str) -> torch.device:
-    """The device of a request. Raises RuntimeError where it is not there."""
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("a CUDA device was asked for and torch finds none")
-    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+def places_of(request: RunRequest) -> list[Place]:
+    """The places that the process of a request has for its model. Raises RuntimeError where a device is not
+    there."""
+    wanted = request.device_count if request.placement == "split" else 1
+    if request.device == "cpu":
+        cpu = torch.device("cpu")
+        labels = ["cpu"] if wanted == 1 else [f"cpu:{index}" for index in range(wanted)]
+        return [Place(label, cpu) for label in labels]
+    found = torch.cuda.device_count()
+    if found < wanted:
+        raise RuntimeError(f"{wanted} CUDA devices were asked for and torch finds {found or 'none'}")
+    return [Place(f"cuda:{index}", torch.device("cuda", index)) for index in range(wanted)]
+
+
+def layout_of(request: RunRequest, backend: Backend) -> Layout:
+    """Where the parts of a request's model are. ``backend`` has been fitted to the model's shapes."""
+    places = places_of(request)
+    return spread_layout(request, backend, places) if len(places) > 1 else Layout(tuple(places))

@@ -32,6 +32,7 @@ from bench.ask.models import resolve_model
 from bench.ask.plan import plan
 from bench.ask.preset import load_preset
 from bench.load.contract import PackedBackend
+from bench.load.layout import Layout
 from bench.load.lora import attach
 from bench.load.model import build_model, skeleton
 from bench.load.registry import foreign_libraries, get_backend
@@ -192,7 +193,7 @@ def _trainer(preset_name: str, backend_id: str) -> tuple[Trainer, WorkloadReader
     torch.set_num_threads(request.cpu_threads)
     choose_kernel(request.attention)
     device = torch.device("cpu")
-    built = build_model(empty, weights, backend, device)
+    built = build_model(empty, weights, backend, Layout.on(device))
     enable_checkpointing(built.model, request.checkpointing)
     adapters = attach(built.model, request.lora, request.seed)
     encoder = encoder_for(model.folder, int(request.model.architecture["vocab_size"]))

@@ -23,8 +23,6 @@ from bench.run.order import Order
 from bench.run.telling import Telling
 
 if TYPE_CHECKING:
-    import torch
-
     from bench.load.contract import Backend, Shape
     from bench.load.lora import Adapters
     from bench.load.model import BuiltModel
@@ -97,12 +95,13 @@ class Run:
         import_seconds = time.perf_counter() - began
         from bench.probe.memory import MemoryProbe
         from bench.run.aftermath import Aftermath
-        from bench.run.building import device_of
+        from bench.run.building import places_of
 
-        device = device_of(self.request.device)
-        builder, probe = self._builder(), MemoryProbe([device])
+        devices = list(dict.fromkeys(place.device for place in places_of(self.request)))
+        builder, probe = self._builder(), MemoryProbe(devices)
         self._prove_stress(builder)
-        loaded = self._load(builder, device, probe, import_seconds)
+        loaded = self._load(builder, probe, import_seconds)
+        self.telling.placement(loaded.built)
         self.telling.quantization(loaded.backend, loaded.built, loaded.shapes)
         self.channel.stage("attach")
         adapters = self._attach(loaded, builder.pairs, probe)
@@ -144,18 +143,16 @@ class Run:
         torch.set_num_threads(self.request.cpu_threads)
         torch.manual_seed(self.request.seed)
 
-    def _load(
-        self, builder: Builder, device: torch.device, probe: MemoryProbe, import_seconds: float
-    ) -> Loaded:
+    def _load(self, builder: Builder, probe: MemoryProbe, import_seconds: float) -> Loaded:
         from bench.load.model import unquantized_digest
         from bench.probe.clock import now
         from bench.probe.memory import release_unused
 
-        began = now([device])
-        backend, built, shapes = builder.build(self.request, device)
-        seconds = now([device]) - began
+        began = now(probe.devices)
+        backend, built, shapes = builder.build(self.request)
+        seconds = now(probe.devices) - began
         host_peak = probe.process_peak_bytes()
-        release_unused([device])
+        release_unused(probe.devices)
         self.channel.send("readings", readings=probe.read("loaded"))
         return Loaded(backend, built, shapes, {
             "import_seconds": import_seconds,
@@ -172,7 +169,7 @@ class Run:
 
         # A checkpoint that is published quantized has no dense weights to compute with.
         differences = None
-        if self.request.calibration != "published":
+        if self.request.calibration not in ("published", "random"):
             _, model, dense = builder.open(self.request, self.order.model_folder, stressed=False)
             differences = prove(model, dense, builder.pairs)
         self.telling.stress(builder.pairs, differences)
@@ -206,22 +203,22 @@ class Run:
         from bench.run.training import make_trainer, train
         from bench.run.watch import BadBatch, Watch
 
-        backend, (device,) = loaded.backend, probe.devices
+        backend = loaded.backend
         libraries = sorted(foreign_libraries(type(backend)) | set(backend.requires))
         self.channel.section(
             "environment",
-            describe_environment([device], self.request.versions, libraries, self.watched.changed),
+            describe_environment(probe.devices, self.request.versions, libraries, self.watched.changed),
         )
         broken = non_finite_weights(loaded.built)
         self.telling.weights(broken)
-        trainer = make_trainer(adapters, self.request, reader, [device], backend.dtype)
+        trainer = make_trainer(adapters, self.request, reader, probe.devices, backend.dtype)
         trainer.watch = watch = Watch(
-            adapters, loaded.built.layers, broken, device, trainer.dtype, fine=self.request.trace
+            adapters, loaded.built.layers, broken, probe.devices[0], trainer.dtype, fine=self.request.trace
         )
         gradient_bytes: dict[str, int] = {}
 
         def check_gradients() -> None:
-            gradient_bytes.update(count_gradients(adapters.tensors.values()))
+            gradient_bytes.update(count_gradients(adapters.tensors, loaded.built.layout))
             finite = all_finite(p.grad for p in adapters.tensors.values() if p.grad is not None)
             self.telling.prove(
                 gradients_reach_adapters=gradient_breaches(adapters.tensors), first_gradients_finite=finite

@@ -58,7 +58,9 @@ class Sweep:
         """The job handed to a worker."""
         folder = self.model.folder.resolve() if self.model.folder else None
         packed, note = None, None
-        if request.calibration is not None:
+        if request.calibration == "random":
+            note = self.calibration_note
+        elif request.calibration is not None:
             packed, note = packed_folder(request, self.model).resolve(), self.calibration_note
         return Order(
             request=request,
@@ -92,8 +94,9 @@ def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
             watcher.skipped(request)
             continue
         entry = sweep.entries[request.backend]
-        if entry.missing:
-            record = unavailable(request, entry)
+        reason = obstacle(request, entry)
+        if reason:
+            record = unavailable(request, reason)
         else:
             try:
                 record = run_one(
@@ -109,15 +112,24 @@ def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
         yield record
 
 
-def unavailable(request: RunRequest, entry: Entry) -> Record:
-    """The record of a run whose library is not installed, with the line that installs it."""
+def obstacle(request: RunRequest, entry: Entry) -> str | None:
+    """Why a run cannot even be started: a library that is not installed, with the line that installs it, or a
+    placement that the backend refuses."""
+    if entry.missing:
+        return f"backend '{entry.id}' needs {', '.join(entry.missing)}; install with: {entry.install_line}"
+    refused = entry.backend.refused_placements.get(request.placement)
+    return refused and f"placement '{request.placement}' is not possible with '{entry.id}': {refused}"
+
+
+def unavailable(request: RunRequest, reason: str) -> Record:
+    """The record of a run that could not be started."""
     return Record(
         key=request.key,
         command=request.command,
         request=request,
         status="unavailable",
         stage="launch",
-        message=f"backend '{entry.id}' needs {', '.join(entry.missing)}; install with: {entry.install_line}",
+        message=reason,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_seconds=0.0,
     )

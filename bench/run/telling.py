@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bench.ask.packing import read_manifest
 from bench.ask.stress import Pair
+from bench.record.placement import PlaceFacts, PlacementFacts
 from bench.record.schema import LoraFacts, Proof, Quantization, WorkloadFacts
 from bench.record.stability import FirstFailure, StressedPair
 from bench.run.events import Channel
@@ -41,7 +42,9 @@ class Telling:
         layers = dict(built.quantized())
         packed = self.order.packed_folder
         manifest = read_manifest(packed) if packed else None
-        calibration = None if packed is None else manifest.calibration if manifest else "published"
+        calibration = manifest.calibration if manifest else "published" if packed else None
+        if self.request.calibration == "random":
+            calibration = "random"
         counted = sum(
             layer_bits(layer, shapes[name], backend.codes) * shapes[name].weights
             for name, layer in layers.items()
@@ -63,6 +66,19 @@ class Telling:
             ),
         )
         self.prove(quantized=quantization_breaches(built, shapes, backend))
+
+    def placement(self, built: BuiltModel) -> None:
+        """Where the model's parts are, and the proof of it. Raises Breach where one is elsewhere."""
+        from bench.load.layout import misplaced
+
+        layout = built.layout
+        counts = layout.layers or (len(built.model.get_submodule("model.layers")),)  # type: ignore[arg-type]
+        places = [
+            PlaceFacts(device=place.label, decoder_layers=count)
+            for place, count in zip(layout.places, counts, strict=True)
+        ]
+        self.channel.section("placement", PlacementFacts(kind=self.request.placement, places=tuple(places)))
+        self.prove(placed=misplaced(built.model, layout))
 
     def stress(self, pairs: Sequence[Pair], differences: Sequence[float] | None) -> None:
         """The rescaled pairs; ``differences``: what proves them, None where nothing could."""

@@ -1,0 +1,34 @@
+"""How a run used its devices: what lay where, by device and by process."""
+
+from __future__ import annotations
+
+from bench.ask.experiment import Placement
+from bench.record.recorded import Bytes, Recorded, Seconds
+
+
+class PlaceFacts(Recorded):
+    """One device of one process."""
+
+    device: str
+    """cuda:3; cpu:1 is the second logical device of a CPU run, which is one process and one memory."""
+    rank: int | None = None
+    """Of the process, where there are several."""
+    decoder_layers: int
+    """Decoder layers on it, whole or as its share of each."""
+    wire_bytes_per_step: Bytes | None = None
+    """Sent to other processes in one step, where that was counted."""
+    step_seconds: tuple[Seconds, ...] = ()
+    """Of this process, where there are several; the run's own steps are those of rank 0."""
+
+
+class PlacementFacts(Recorded):
+    """The devices of a run, in order."""
+
+    kind: Placement
+    places: tuple[PlaceFacts, ...]
+    launcher: str | None = None
+    """What started the processes, where there are several."""
+    communication: str | None = None
+    """The backend between processes: nccl or gloo."""
+    wrapper: str | None = None
+    """The class that ties the processes together."""
