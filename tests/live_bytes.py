@@ -134,7 +134,7 @@ def _trainer(case: dict[str, Any]) -> tuple[Any, Any]:
         def __contains__(self, name: str) -> bool:
             return True
 
-        def tensor(self, name: str) -> torch.Tensor:
+        def tensor(self, name: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
             owner, _, part = name.rpartition(".")
             if owner not in shapes or part == "bias":
                 return dense.tensor(name)

@@ -25,10 +25,10 @@ def test_no_more_than_one_dense_layer_is_held_while_loading(backend: str) -> Non
     most = 0
 
     class Watched(SyntheticWeights):
-        def tensor(self, name: str) -> torch.Tensor:
+        def tensor(self, name: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
             nonlocal most
             most = max(most, sum(reference() is not None for reference in alive))
-            drawn = super().tensor(name)
+            drawn = super().tensor(name, device)
             if name.endswith("proj.weight"):
                 alive.append(weakref.ref(drawn))
             return drawn
