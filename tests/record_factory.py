@@ -485,7 +485,7 @@ def triage(text: str | None = None) -> Triage:
 
 LITERALS = {
     "status", "stage", "phase", "dtype", "weights", "attention", "checkpointing", "padding", "precision",
-    "without_targets", "kind", "change",
+    "without_targets", "kind", "change", "placement",
 }  # fmt: skip
 
 

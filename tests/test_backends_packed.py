@@ -316,7 +316,7 @@ class Unpacked:
     def __contains__(self, name):
         return True
 
-    def tensor(self, name, device=CPU):
+    def tensor(self, name, device=None):
         owner = name.removesuffix(".weight")
         if f"{owner}.qweight" not in self._weights:
             return self._weights.tensor(name)
