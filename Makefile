@@ -13,7 +13,7 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability lint check overhead proxy wheel lock clean
+.PHONY: help bench report smollm2 test stability lint check overhead proxy gpu-72b wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,16 @@ overhead: $(READY) ## Time the harness's loop and its probes (FLAGS="--preset ..
 
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
 	$(BIN)/qlora-bench run --preset proxy --backend all --steps 5 --force --out results/local/ci
+
+# Synthetic weights of the exact shape: nothing is downloaded. The forecast is made from 2 and 4 layers first and
+# then held against all 80, at a short and a long sequence, in one report a length.
+GPU_72B := --preset qwen2-72b --weights synthetic --backend bnb-nf4,bnb-nf4-dq,hqq,gptq,awq
+gpu-72b: $(READY) ## One 80 GB card: all 80 layers of Qwen2-72B at 512 and 2048 tokens, and the forecast's error
+	for length in 512 2048; do \
+	  $(BIN)/qlora-bench forecast $(GPU_72B) --slices 2,4 --verify --cards 80GB --cards 7x24GB \
+	    --set workload.sequence_length=$$length --timeout-seconds 7200 --out results/local/gpu-72b/$$length $(FLAGS) \
+	    || exit $$?; \
+	done
 
 wheel: $(READY) ## Build the wheel
 	$(BIN)/python -m build --wheel --no-isolation

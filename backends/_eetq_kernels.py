@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backends._blocks import row_blocks
+
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize a dense weight (out x in) to int8 codes (out x in) and float16 scales (out,).
@@ -18,6 +20,14 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = absmax/128 in float32; codes = round-half-away(weight/scale) clipped to [-128, 127]
     (NetEase-FuXi/EETQ, ``symmetric_quantize``). A row of zeros keeps scale 0 and codes 0.
     """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float16, device=weight.device)
+    for rows in row_blocks(weight):
+        codes[rows], scales[rows] = _quantize_rows(weight[rows])
+    return codes, scales
+
+
+def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     dense = weight.to(torch.float32)
     scale = dense.abs().amax(dim=1) / 128
     ratio = dense / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
@@ -96,12 +106,17 @@ class _NativeMatmul(torch.autograd.Function):
 class NativeLinear(_Int8Linear):
     """EETQ's own kernel: CUDA and float16 only; codes are (in x out), interleaved."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, device: torch.device) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__(codes.shape[1], codes.shape[0], codes, scale, bias)
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None, device: torch.device) -> NativeLinear:
+        """The layer of a dense weight (out x in), which the package quantizes on the CPU, in float16 and
+        transposed."""
         from eetq import quant_weights
 
-        # The package quantizes on the CPU, in float16, from the transposed weight.
         codes, scale = quant_weights(weight.to(torch.float16).t().contiguous().cpu(), torch.int8, False)
-        super().__init__(weight.shape[0], weight.shape[1], codes.to(device), scale.to(device), bias)
+        return cls(codes.to(device), scale.to(device), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.float16)

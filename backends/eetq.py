@@ -11,8 +11,9 @@ weight by multiplying an identity matrix as the upstream integration does. The r
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bench.ask.experiment import Dtype
 from bench.load.contract import DTYPE_BYTES, Backend, Layer, Options, Shape, Workspace
@@ -33,6 +34,7 @@ class Eetq(Backend):
     variants = {"eetq": EetqOptions()}
     extra = "eetq"
     codes = ("weight",)
+    uncached = None
     options: EetqOptions
 
     @property
@@ -58,9 +60,30 @@ class Eetq(Backend):
         from backends._eetq_kernels import NativeLinear, PortableLinear, quantize
 
         if self.native:
-            return NativeLinear(layer.tensors["weight"], layer.bias, layer.device)
+            return NativeLinear.quantized(layer.tensors["weight"], layer.bias, layer.device)
         codes, scale = quantize(layer.tensors["weight"].to(layer.device))
         return PortableLinear(codes, scale, layer.bias)
+
+    def store(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Codes as the kernel lays them out, and a scale for each output channel."""
+        kernel: Any = layer
+        return {"codes": kernel.weight, "scale": kernel.weight_scale}
+
+    def restore(self, layer: Layer) -> torch.nn.Module:
+        """The layer from its codes."""
+        from backends._eetq_kernels import NativeLinear, PortableLinear
+
+        kind = NativeLinear if self.native else PortableLinear
+        return kind(layer.tensors["codes"], layer.tensors["scale"], layer.bias)
+
+    def stored_form(self) -> str:
+        """The two kernels lay codes out differently, and which one runs "auto" does not say."""
+        if not self.native:
+            return "portable"
+        try:
+            return f"eetq {importlib.metadata.version('eetq')}"
+        except importlib.metadata.PackageNotFoundError:
+            return "eetq"
 
     def expected_bits(self, shape: Shape) -> float:
         """8 bits, and one float16 scale for each output channel."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from backends import _blocks
 from bench.load.contract import (
     DTYPE_BYTES,
     Backend,
@@ -43,6 +44,7 @@ class Hqq(Backend):
     extra = "hqq"
     codes = ("W_q",)
     adapter_casts_input = False
+    uncached = None
     options: HqqOptions
 
     def fit(self, shapes: Sequence[Shape]) -> None:
@@ -63,16 +65,66 @@ class Hqq(Backend):
     def linear(self, layer: Layer) -> torch.nn.Module:
         """A frozen HQQLinear that dequantizes again in backward (hqq's memory-saving autograd function)."""
         import torch
-        from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+        from hqq.core.quantize import HQQBackend, HQQLinear
 
         HQQLinear.set_backend(HQQBackend.PYTORCH)
+        config = self._config()
+        weight = layer.tensors["weight"].to(layer.device)
+        if self.options.axis == 1 and weight.numel() > _blocks.WEIGHTS_AT_ONCE and layer.device.type == "cpu":
+            return self._layer(layer, *_quantize_in_blocks(weight, config["weight_quant_params"]))
+        dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+        built = HQQLinear(dense, config, compute_dtype=layer.dtype, device=str(layer.device))
+        built.bias = layer.bias
+        return built  # type: ignore[no-any-return]
+
+    def store(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Packed codes, and a scale and a zero for each group in the compute dtype."""
+        built: Any = layer
+        return {"codes": built.W_q, "scale": built.meta["scale"], "zero": built.meta["zero"]}
+
+    def restore(self, layer: Layer) -> torch.nn.Module:
+        """The layer from its codes; everything else of hqq's meta-data follows from options and shape."""
+        import torch
+        from hqq.core.quantize import HQQBackend, HQQLinear, Quantizer
+
+        HQQLinear.set_backend(HQQBackend.PYTORCH)
+        options, tensors = self.options, layer.tensors
+        packing = Quantizer.bit_to_packing[options.bits]
+        meta = {
+            "nbits": options.bits,
+            "group_size": 64,
+            "axis": 1,
+            "shape": torch.Size((layer.shape.out_features, layer.shape.in_features)),
+            "scale": tensors["scale"],
+            "zero": tensors["zero"],
+            "packing": packing,
+            "unpack_view_dtype": Quantizer.unpack_view_dtype[packing],
+            "view_as_float": False,
+            "quant_scale": False,
+            "quant_zero": False,
+        }
+        return self._layer(layer, tensors["codes"], meta)
+
+    def _config(self) -> dict[str, Any]:
+        from hqq.core.quantize import BaseQuantizeConfig
+
         config: dict[str, Any] = BaseQuantizeConfig(
             nbits=self.options.bits, group_size=self.options.group_size, axis=self.options.axis
         )
         config["weight_quant_params"]["optimize"] = self.options.optimize
-        dense = torch.nn.Linear(layer.shape.in_features, layer.shape.out_features, bias=False, device="meta")
-        dense.weight = torch.nn.Parameter(layer.tensors["weight"].to(layer.device), requires_grad=False)
-        built = HQQLinear(dense, config, compute_dtype=layer.dtype, device=str(layer.device))
+        return config
+
+    def _layer(self, layer: Layer, codes: torch.Tensor, meta: dict[str, Any]) -> torch.nn.Module:
+        """A layer around codes that are there already."""
+        from hqq.core.quantize import HQQLinear
+
+        device = str(layer.device)
+        built = HQQLinear(None, self._config(), compute_dtype=layer.dtype, device=device, initialize=False)
+        built.out_features, built.in_features = layer.shape.out_features, layer.shape.in_features
+        built.W_q, built.meta = codes, meta
+        built.cuda(device)  # to the device named, whichever it is
+        built.ready = True
         built.bias = layer.bias
         return built  # type: ignore[no-any-return]
 
@@ -90,3 +142,26 @@ class Hqq(Backend):
         ``Quantizer.dequantize``, ``HQQMatmulNoCacheMul``)."""
         dense = 3 * shape.weights * DTYPE_BYTES[self.dtype]
         return Workspace(forward=dense, backward=dense)
+
+
+def _quantize_in_blocks(weight: torch.Tensor, params: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """What hqq's ``Quantizer.quantize`` gives for the whole weight (out x in) with groups along its rows.
+
+    Without the solver to the bit. The solver ends once the mean error over what it was given stops falling,
+    so each piece ends by its own mean error instead of by the layer's.
+    """
+    import torch
+    from hqq.core.quantize import Quantizer
+
+    groups = weight.numel() // params["group_size"]
+    codes = torch.empty(groups, params["group_size"], dtype=torch.uint8)
+    scale, zero = (torch.empty(groups, 1, dtype=torch.float32) for _ in range(2))
+    meta: dict[str, Any] = {}
+    for rows in _blocks.row_blocks(weight):
+        piece, meta = Quantizer.quantize(weight[rows], **params, bitpack=False, device="cpu")
+        first = rows.start * weight.shape[1] // params["group_size"]
+        here = slice(first, first + len(piece))
+        codes[here], scale[here], zero[here] = piece.to(torch.uint8), meta["scale"], meta["zero"]
+    packing = Quantizer.bit_to_packing[params["nbits"]]
+    meta |= {"shape": weight.shape, "scale": scale, "zero": zero, "packing": packing}
+    return Quantizer.pack[packing](codes), meta | {"quant_scale": False, "quant_zero": False}

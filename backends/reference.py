@@ -14,6 +14,8 @@ class Reference(Backend):
     """No quantization: plain linear layers in the compute dtype (bfloat16 by default)."""
 
     variants = {"bf16": Options()}
+    refused_placements = {}
+    uncached = "nothing is quantized"
 
     def linear(self, layer: Layer) -> torch.nn.Module:
         """A torch.nn.Linear whose weight is cast to the compute dtype."""

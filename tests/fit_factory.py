@@ -45,7 +45,9 @@ def on_cards(backend: str, count: int = 7, capacity_gib: float = 23.6, **changes
                 )
             )  # fmt: skip
     cards = tuple(
-        Device(device=f"cuda:{place}", name="NVIDIA GeForce RTX 3090", total_memory_bytes=int(capacity_gib * GIB))
+        Device(
+            device=f"cuda:{place}", name="NVIDIA GeForce RTX 3090", total_memory_bytes=int(capacity_gib * GIB)
+        )
         for place in range(count)
     )
     asked = {"model": QWEN_72B, "preset": "qwen2-72b", "placement": "split", "device_count": count}
@@ -60,9 +62,7 @@ def on_cards(backend: str, count: int = 7, capacity_gib: float = 23.6, **changes
 
 def outlook(backend: str, cards: str, *, count: int, capacity_gib: float, **changes: Any) -> CardOutlook:
     weights = WEIGHT_GIB[backend] * 7 / count
-    peaks = tuple(
-        int((weights + 1.5 + (2.9 if place == count - 1 else 0.3)) * GIB) for place in range(count)
-    )
+    peaks = tuple(int((weights + 1.5 + (2.9 if place == count - 1 else 0.3)) * GIB) for place in range(count))
     fits = max(peaks) <= capacity_gib * GIB
     values: dict[str, Any] = {
         "cards": cards,
@@ -102,7 +102,9 @@ def lines(backend: str, *, full: int, verify: bool, spread: bool = True) -> tupl
     )
 
 
-def backend_forecast(backend: str, *, full: int = 80, verify: bool = False, **changes: Any) -> BackendForecast:
+def backend_forecast(
+    backend: str, *, full: int = 80, verify: bool = False, **changes: Any
+) -> BackendForecast:
     own = lines(backend, full=full, verify=verify)
     values: dict[str, Any] = {
         "backend": backend,

@@ -373,3 +373,56 @@ def test_doubtful_figures_are_warned_about_with_what_to_do(made, words):
 
 def test_a_clean_comparison_has_no_warnings():
     assert compare([record("bf16"), record("hqq")]).warnings == ()
+
+
+# ---- published checkpoints
+
+
+WIDTH = 18944
+
+
+def of_width(made: Record, width: int = WIDTH, **architecture):
+    """The run of a model with so many MLP channels."""
+    model = made.request.model
+    shape = {**model.architecture, "intermediate_size": width, **architecture}
+    return changed(made, "request", model=model.model_copy(update={"architecture": shape}))
+
+
+def published(made: Record, width: int, **architecture):
+    """The run of a checkpoint that is published packed."""
+    made = of_width(made, width, **architecture)
+    model = made.request.model.model_copy(update={"fingerprint": "published"})
+    made = changed(made, "request", model=model, calibration="published")
+    return changed(made, "lora", shapes_digest="wider", initial_digest="wider")
+
+
+def test_a_padded_checkpoint_stands_apart_and_it_is_said_why():
+    padded = [published(record(name), WIDTH + 128) for name in ("awq", "gptq")]
+    comparison = compare([of_width(record("bf16")), of_width(record("hqq")), *padded])
+    assert [[s.label for s in group.summaries] for group in comparison.groups] == [
+        ["bf16", "hqq"],
+        ["awq", "gptq"],
+    ]
+    text = "\n".join(comparison.warnings)
+    assert (
+        f"awq, gptq: MLP layers and their adapters are {WIDTH + 128} channels wide instead of {WIDTH} "
+        in text
+    )
+    assert "(bf16, hqq): the published checkpoint pads them" in text
+    for name in ("model fingerprint", "LoRA shapes (digest)", "initial LoRA values (digest)"):
+        assert name in text
+    assert "or run all backends again with one command and --calibration rtn" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "change"), [(WIDTH, {}), (WIDTH - 64, {}), (WIDTH + 128, {"hidden_size": 1})]
+)
+def test_no_padding_is_claimed_of_an_equal_a_narrower_or_another_shape(width, change):
+    comparison = compare([of_width(record("bf16")), published(record("awq"), width, **change)])
+    assert len(comparison.groups) == 2
+    assert not any("pads them" in warning for warning in comparison.warnings)
+
+
+def test_runs_that_differ_in_something_else_are_not_sent_to_another_calibration():
+    comparison = compare([record("bf16"), changed(record("hqq"), "lora", shapes_digest="wider")])
+    assert any("again with one command." in warning for warning in comparison.warnings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from bench.load.allowance import ALLOCATOR_SHARE, CONTEXT_BYTES
 from bench.load.fit import outlooks
 from bench.record.forecast import Forecast, forecasts_below, read_forecast, save_forecast
 from bench.run.arrange import Asked
-from bench.run.forecast import arrange_forecast, parse_depths, parse_subsets
+from bench.run.forecast import RETURN_MEMORY, RETURN_NOTE, arrange_forecast, parse_depths, parse_subsets
 from bench.run.outlooks import card_outlooks, measured_need, planned_peaks
 from bench.show.forecast import forecast_table, percent, weights, weights_error
 from tests.command import Command
 from tests.footprint_factory import asked
 from tests.forecast_factory import repeat_of, six, slice_record, times
 
+ROOT = Path(__file__).resolve().parents[1]
 PAIR = Question("bnb-nf4", (2, 4), 24)
 
 
@@ -199,7 +202,7 @@ def test_turns_that_compute_something_else_are_doubted():
     same = times([{2: 0.4, 4: 0.6}], losses={depth: (loss,) for depth, loss in first.items()})
     other = times([{2: 0.4, 4: 0.6}], losses={2: (first[2],), 4: (first[4] * 1.01,)})
     (no_doubt, doubt) = (
-        backend_forecast(PAIR, [type(repeat)(0, repeat.records, t)], {}) for t in (same, other)
+        backend_forecast(PAIR, [type(repeat)(0, repeat.records, t)], None) for t in (same, other)
     )
     assert not any("timed in turns" in note for note in no_doubt.notes)
     assert [note for note in doubt.notes if "timed in turns, 4 layers" in note]
@@ -239,22 +242,22 @@ def test_without_cuda_the_cards_are_those_of_the_plan():
 
 
 def test_what_was_measured_above_the_plan_comes_on_top_of_every_card():
-    """3 MB a layer and 50 MB besides, measured at 2 and 4 layers: on one card of 80 layers, 290 MB more."""
+    """30 MB a layer and 500 MB besides, measured at 2 and 4 layers: on one card of 80 layers, 2.9 GB more."""
     request, mb = asked(), 10**6
     planned = planned_peaks(request, (2, 4, 80))
 
     def peaks(depth, phase):
-        return planned[depth].get(phase, 0) + 50 * mb + 3 * mb * depth
+        return planned[depth].get(phase, 0) + 500 * mb + 30 * mb * depth
 
     question = Question("bnb-nf4", (2, 4), 80)
     repeats = [repeat_of((2, 4), peaks=peaks, cuda=True)]
     lines = {phase: line.at for phase, line in excess(question, repeats, planned).items()}
-    assert lines["backward"](80) == 290 * mb
+    assert lines["backward"](80) == 2900 * mb
     one, seven = card_outlooks(request, [parse_cards("80GB"), parse_cards("7x24GB")], lines)
     forecast = backend_forecast(question, repeats, planned)
     # On one card the tensors are the forecast's own peak line.
     tensors = forecast.line("peak", HIGHEST).predicted
-    assert tensors == planned[80][HIGHEST] + 290 * mb
+    assert tensors == planned[80][HIGHEST] + 2900 * mb
     assert one.peak_bytes == (round(CONTEXT_BYTES + tensors * (1 + ALLOCATOR_SHARE)),)
     assert one.basis == seven.basis == "measured"
     assert len(seven.peak_bytes) == 7
@@ -346,6 +349,16 @@ def test_slices_are_ordinary_runs_of_the_same_seeds(preset):
     assert plan.sweep.store.folder == Path("results/local/forecast-six/slices")
 
 
+def test_runs_give_memory_back_and_say_so(preset):
+    plan = planned_forecast(preset, verify=True)
+    for sweep in (plan.sweep, plan.full):
+        order = sweep.order(plan.by_depth["bf16", 0, 1])
+        assert order.environment == RETURN_MEMORY
+        assert RETURN_NOTE in order.note
+    on_a_card = plan.by_depth["bf16", 0, 1].model_copy(update={"device": "cuda"})
+    assert (plan.sweep.order(on_a_card).environment, plan.sweep.order(on_a_card).note) == ({}, None)
+
+
 def test_the_whole_model_is_packed_as_its_slices_are(tmp_path, preset):
     """Real weights would be calibrated whole and rounded cut: then nothing would be alike."""
     from tests.checkpoint import make_checkpoint
@@ -364,6 +377,18 @@ def test_the_command_that_asks_again():
     assert shlex.split(command_line(given)) == [
         "qlora-bench", "forecast", "--slices", "2,4", "--cards", "7x24GB", "--cards", "80GB", "--rounds", "8", "--verify",
         "--preset", "proxy", "--backend", "all", "--set", "lora.rank=16", "--timeout-seconds", "60.0"]  # fmt: skip
+
+
+def test_the_parents_side_of_a_forecast_never_imports_torch():
+    code = "import sys, bench.cli.forecast, bench.run.forecast, bench.run.outlooks, bench.judge.forecast, bench.show.forecast"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
 
 
 # ---- words and files -----------------------------------------------------------------------------
@@ -432,6 +457,7 @@ def test_a_real_forecast_is_exact_in_bytes_and_has_every_line(forecast):
         assert [check.slices for check in backend.checks] == [(1, 2)]
         assert [len(values) for values in backend.step_seconds[0].seconds.values()] == [6, 6, 6]
         assert [outlook.basis for outlook in backend.outlooks] == ["arithmetic"]
+        assert RETURN_NOTE in backend.notes[0]
         # The turns computed what the runs did.
         assert not any("timed in turns" in note for note in backend.notes)
 

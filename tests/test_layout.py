@@ -144,7 +144,7 @@ def test_a_split_run_records_every_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--device-count", "2"), "a single placement has one device"),
+        (("--placement", "single", "--device-count", "2"), "a single placement has one device"),
         (("--placement", "split", "--device-count", "1"), "needs two devices or more"),
         (("--placement", "spilt"), "did you mean 'split'?"),
         (("--placement", "fsdp", "--backend", "hqq"), "--placement fsdp is not possible with hqq"),

@@ -11,9 +11,8 @@ from bench.ask.models import (
     fingerprint_folder,
     read_config,
     resolve_model,
-    safetensors_header,
-    weight_files,
 )
+from bench.ask.shards import safetensors_header, weight_files
 from bench.errors import BadValue, BrokenFile, MissingModel
 
 SHAPE = {"model_type": "qwen2", "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}

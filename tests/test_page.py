@@ -125,7 +125,7 @@ def test_one_repeat_is_said_on_the_page():
 def test_every_section_is_there():
     text = page(realistic())
     titles = [
-        "Comparison", "Memory by phase", "Throughput", "Stability",
+        "Comparison", "Will it fit, how fast", "Memory by phase", "Throughput", "Stability",
         "What was identical, and what was not", "Outcome of every run", "Environment", "Repeat it",
         "Raw records",
     ]  # fmt: skip

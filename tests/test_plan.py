@@ -23,7 +23,7 @@ def planned(backends=("bf16", "hqq"), **changes):
     experiment = Experiment(preset="tiny", backends=backends, **changes)
     return plan(
         experiment,
-        MODEL,
+        dict.fromkeys(backends, MODEL),
         device="cpu",
         cpu_threads=2,
         options={name: {} for name in backends},

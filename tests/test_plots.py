@@ -22,7 +22,15 @@ from tests.record_factory import (
     steps,
 )
 
-NAMES = ["memory-by-phase", "bytes-by-kind", "step-time", "throughput", "loss", "gradient-norm"]
+NAMES = [
+    "memory-per-card",
+    "memory-by-phase",
+    "bytes-by-kind",
+    "step-time",
+    "throughput",
+    "loss",
+    "gradient-norm",
+]
 STABILITY = ["headroom-forward", "headroom-backward", "gradient-fidelity", "margin"]
 
 

@@ -61,14 +61,16 @@ def test_every_preset_has_seven_projections_in_each_layer(name):
 @pytest.mark.parametrize(
     ("memory", "chosen"),
     [
-        (None, "proxy"),
-        (8 * GIB, "proxy"),
-        (24 * GIB, "qwen2-7b"),
-        (int(23.5 * GIB), "qwen2-7b"),  # what a 24 GB card reports
-        (77 * GIB, "qwen2-7b"),
-        (80 * GIB, "qwen2-72b"),
-        (int(79.1 * GIB), "qwen2-72b"),  # what an 80 GB card reports
-        (2**50, "qwen2-72b"),
+        ([], "proxy"),
+        ([8 * GIB], "proxy"),
+        ([24 * GIB], "qwen2-7b"),
+        ([int(23.5 * GIB)], "qwen2-7b"),  # what a 24 GB card reports
+        ([77 * GIB], "qwen2-7b"),
+        ([80 * GIB], "qwen2-72b"),
+        ([int(79.1 * GIB)], "qwen2-72b"),  # what an 80 GB card reports
+        ([2**50], "qwen2-72b"),
+        ([24 * GIB] * 2, "qwen2-7b"),
+        ([int(23.55 * GIB)] * 7, "qwen2-72b"),
     ],
 )
 def test_the_largest_preset_that_fits_is_chosen(memory, chosen):
@@ -78,8 +80,9 @@ def test_the_largest_preset_that_fits_is_chosen(memory, chosen):
 
 
 def test_the_reason_says_what_the_card_has():
-    assert "8 GiB" in choose_preset(8 * GIB)[1]
-    assert "no CUDA device" in choose_preset(None)[1]
+    assert "8 GiB" in choose_preset([8 * GIB])[1]
+    assert "7 cards have 165 GiB" in choose_preset([int(23.55 * GIB)] * 7)[1]
+    assert "no CUDA device" in choose_preset([])[1]
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -71,6 +71,16 @@ def noisy(seed: int, count: int = 12, noise: float = 0.01) -> list[dict[int, flo
     return rounds
 
 
+def test_a_drift_that_comes_and_goes_cancels_better_than_in_a_line_through_medians():
+    def off(estimate) -> float:
+        return (
+            sum((float(estimate(noisy(seed, noise=0.01)).per_layer) - 0.1) ** 2 for seed in range(60)) ** 0.5
+        )
+
+    paired = off(lambda rounds: step_line(rounds, (2, 4)))
+    assert paired < 0.9 * off(lambda rounds: through(medians(rounds, (2, 4))))
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     """2.6 s is the truth. A bootstrap of a dozen rounds is known to be a little too narrow."""
 

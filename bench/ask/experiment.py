@@ -106,7 +106,8 @@ class Experiment(Frozen):
     """Backend id -> its options, checked by the adapter."""
     dtype: Dtype = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    placement: Placement = "single"
+    placement: Literal["auto", "single", "split", "ddp", "fsdp"] = "auto"
+    """``auto``: one card where every backend fits on it by arithmetic, else split over all cards."""
     device_count: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Devices of one run; None: one for ``single``, else every card of the machine (two on a CPU)."""
     cache: bool = False

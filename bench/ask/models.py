@@ -20,6 +20,7 @@ import platformdirs
 
 from bench.ask.experiment import Experiment
 from bench.ask.plan import ModelRequest
+from bench.ask.shards import safetensors_header, weight_files
 from bench.errors import BadValue, BrokenFile, MissingModel
 
 LOCAL_PREFIX = "local/"
@@ -53,7 +54,7 @@ def resolve_model(experiment: Experiment, *, preset_model: str | None, download:
     if name is None:
         raise BadValue(f"preset '{experiment.preset}' names no model", "give one with --model")
     folder = find_on_disk(name)
-    if folder is None and experiment.weights != "synthetic" and download:
+    if download and experiment.weights != "synthetic" and _lacks_files(name, folder):
         folder = _download(name)
     known_shape = experiment.architecture if name == preset_model else None
     if folder is not None and experiment.weights != "synthetic":
@@ -127,54 +128,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, over all shards.
-
-    Raises BrokenFile for a folder without weights, a shard that is missing, or a broken header.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BrokenFile(f"'{index}' is no index of shards: {error!r}") from None
-        files = [folder / Path(str(name)).name for name in names]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise BrokenFile(f"'{folder}' holds no *.safetensors", "other weight formats are not read")
-    found: dict[str, Path] = {}
-    for file in files:
-        found |= dict.fromkeys(safetensors_header(file), file)
-    found.pop("__metadata__", None)
-    return found
-
-
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """The JSON header of one safetensors file (8 bytes of length, then the header).
-
-    Raises BrokenFile where the file is missing, truncated or no safetensors file.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise BrokenFile(f"'{file}' is truncated or no safetensors file")
-            header = json.loads(stream.read(length))
-        if not isinstance(header, dict):
-            raise TypeError("header is no object")
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        end = max(ends, default=0) + 8 + length
-        if ends and end > size:
-            raise BrokenFile(f"'{file}' is truncated: {size} bytes of {end}")
-    except FileNotFoundError:
-        raise BrokenFile(f"shard '{file}' is missing") from None
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise BrokenFile(f"'{file}' is no safetensors file: {error!r}") from None
-    return header
-
-
 def fingerprint_folder(folder: Path) -> str:
     """SHA-256 over config.json and, of each weight file, its size, header and last mebibyte.
 
@@ -202,6 +155,17 @@ def _truncated(architecture: Mapping[str, Any], layers: int | None) -> dict[str,
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = config["layer_types"][:layers]
     return config
+
+
+def _lacks_files(name: str, folder: Path | None) -> bool:
+    """Whether a model is to be fetched: it is not here, or a download that was interrupted left a snapshot
+    without some of its shards."""
+    if folder is None or Path(name).is_dir() or name.startswith(LOCAL_PREFIX):
+        return folder is None
+    try:
+        return not weight_files(folder)
+    except BrokenFile:
+        return True
 
 
 def _download(name: str) -> Path:

@@ -17,6 +17,9 @@ def count_devices(experiment: Experiment, device: Literal["cpu", "cuda"], cards:
     Raises BadValue for a number that the placement or the machine does not have.
     """
     asked, placement = experiment.device_count, experiment.placement
+    if placement == "auto":
+        # Several were asked for by their number; how they are used is then the one way that all backends can.
+        placement = "single" if asked in (None, 1) else "split"
     if placement == "single":
         if asked not in (None, 1):
             raise BadValue(

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 
@@ -111,7 +111,7 @@ class RunRequest(Frozen):
 
 def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
     experiment: Experiment,
-    model: ModelRequest,
+    models: Mapping[str, ModelRequest],
     *,
     device: Literal["cpu", "cuda"],
     device_count: int = 1,
@@ -123,20 +123,20 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
 ) -> list[RunRequest]:
     """Order the runs of ``experiment``.
 
-    ``options``: backend id -> complete options. ``libraries``: backend id -> its distributions, whose
-    versions are recorded (None where one is not installed). ``calibrations``: backend id -> how its packed
-    checkpoint comes to be.
+    ``models``: backend id -> its model. ``options``: backend id -> complete options. ``libraries``: backend
+    id -> its distributions, whose versions are recorded (None where one is not installed). ``calibrations``:
+    backend id -> how its packed checkpoint comes to be.
     """
     return [
         RunRequest(
             preset=experiment.preset,
-            model=model,
+            model=models[backend],
             backend=backend,
             options=options[backend],
             calibration=calibrations[backend],
             dtype=experiment.dtype,
             device=device,
-            placement=experiment.placement,
+            placement=placed(experiment.placement, device_count),
             device_count=device_count,
             cache=experiment.cache,
             attention=experiment.attention,
@@ -148,7 +148,7 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
             stress=experiment.stress,
             trace=experiment.trace,
             fidelity=experiment.fidelity == "on"
-            or (experiment.fidelity == "auto" and model.weights == "real"),
+            or (experiment.fidelity == "auto" and models[backend].weights == "real"),
             seed=experiment.seed + repeat,
             repeat=repeat,
             timeout_seconds=experiment.timeout_seconds,
@@ -158,6 +158,13 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
         for repeat in range(experiment.repeats)
         for backend in experiment.backends
     ]
+
+
+def placed(placement: str, device_count: int) -> Placement:
+    """The placement of a run; "auto" over several devices is a split."""
+    if placement == "auto":
+        return "single" if device_count == 1 else "split"
+    return cast(Placement, placement)
 
 
 def installed_versions(distributions: Sequence[str]) -> dict[str, str | None]:

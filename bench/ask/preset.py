@@ -7,7 +7,7 @@ and sets the workload where the defaults do not fit. Flags and ``--set`` overrid
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -31,8 +31,10 @@ class Preset(Frozen):
     architecture: Mapping[str, Any] | None = None
     calibration: Literal["auto", "random"] = "auto"
     """How packed formats of synthetic weights come to be where --calibration does not say."""
+    published: Mapping[str, str] = Field(default_factory=dict)
+    """Quantization method -> checkpoint of this model that is published packed so: a Hub id or a folder."""
     needs_cuda_gib: float | None = Field(default=None, gt=0)
-    """Memory of the smallest card that holds it in 4 bit; None: runs on a CPU."""
+    """Memory of the cards that hold it in 4 bit, together; None: runs on a CPU."""
 
     @property
     def experiment_values(self) -> dict[str, Any]:
@@ -60,20 +62,21 @@ def load_preset(name: str) -> Preset:
     return _parse(name, resources.files("bench.ask.presets").joinpath(f"{name}.toml").read_text("utf-8"))
 
 
-def choose_preset(cuda_memory_bytes: int | None) -> tuple[str, str]:
-    """The largest preset that the largest card holds, and why."""
-    if cuda_memory_bytes is None:
+def choose_preset(cuda_memory_bytes: Sequence[int]) -> tuple[str, str]:
+    """The largest preset that the cards hold together, and why. ``cuda_memory_bytes``: of each card."""
+    if not cuda_memory_bytes:
         return FALLBACK, "no CUDA device was found"
-    gib = cuda_memory_bytes / 2**30
+    gib = sum(cuda_memory_bytes) / 2**30
+    cards = "the card has" if len(cuda_memory_bytes) == 1 else f"the {len(cuda_memory_bytes)} cards have"
     fitting = [
         (preset.needs_cuda_gib, name)
         for name in preset_names()
         if (preset := load_preset(name)).needs_cuda_gib is not None and preset.needs_cuda_gib <= gib
     ]
     if not fitting:
-        return FALLBACK, f"the largest card has {gib:.0f} GiB, less than any larger preset needs"
+        return FALLBACK, f"{cards} {gib:.0f} GiB, less than any larger preset needs"
     need, name = max(fitting)
-    return name, f"it needs {need:g} GiB and the largest card has {gib:.0f} GiB"
+    return name, f"it needs {need:g} GiB and {cards} {gib:.0f} GiB"
 
 
 def _parse(name: str, text: str) -> Preset:

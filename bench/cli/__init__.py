@@ -14,6 +14,7 @@ import click
 from bench.cli.backends import backends, check
 from bench.cli.diagnose import diagnose
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.forecast import forecast
 from bench.cli.margin import margin
 from bench.cli.plan import plan
 from bench.cli.reports import report, runs
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for command in (run, plan, triage, margin, diagnose, backends, check, report, runs):
+for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, runs):
     cli.add_command(command)
 
 

@@ -79,11 +79,14 @@ def show(
 def written_report(records: Sequence[Record], folder: Path) -> tuple[Comparison, ReportFiles]:
     """Write the report of ``records``, and of the triage in ``folder`` where there is one."""
     from bench.judge.comparison import compare
+    from bench.record.forecast import forecasts_below
     from bench.record.triage import triages_below
     from bench.show.report import write_report
 
     # One by one, a ladder's runs would hide what they were run for; they stand in the ladder.
     aside = {key for triage in triages_below(folder) for key in triage.rung_keys}
+    # A slice is no run of the model; it stands in the forecast.
+    aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
     comparison = compare([record for record in records if record.key not in aside] or records)
     return comparison, write_report(comparison, folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,21 +79,23 @@ def run_options(function: Function) -> Function:
 
 @click.command()
 @run_options
+@click.option("--no-preflight", is_flag=True, help="Do not look at the cards before the first run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors and the report's path.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
-def run(dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
+def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
     from rich.console import Console
 
     from bench.record.store import read_record
     from bench.run.arrange import Asked, arrange
+    from bench.run.preflight import Examiner
     from bench.run.sweep import run_sweep
     from bench.show.progress import Display
 
     console = Console(stderr=as_json, quiet=quiet or as_json)
     arranged = arrange(Asked(**flags))
-    sweep = arranged.sweep
+    sweep = replace(arranged.sweep, examiner=Examiner(skip=True)) if no_preflight else arranged.sweep
     console.print(arranged.headline, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _print_plan(sweep, as_json=as_json)
@@ -113,19 +116,16 @@ def run(dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
 
 
 def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
-    from bench.run.sweep import obstacle
-
     waiting = {request.key for request in sweep.waiting()}
     if as_json:
         click.echo(json.dumps([request.model_dump(mode="json") for request in sweep.requests], indent=1))
         return
     for request in sweep.requests:
-        entry = sweep.entries[request.backend]
         state = (
             "recorded already"
             if request.key not in waiting
             else f"unavailable: {reason}"
-            if (reason := obstacle(request, entry))
+            if (reason := sweep.obstacle(request))
             else "to run"
         )
         click.echo(f"{request.key}  seed {request.seed}  {state}")

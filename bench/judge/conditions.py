@@ -109,6 +109,7 @@ CHECKS = (
     # The function stays the same, and the numbers on the way, the subject of the comparison, do not.
     Check("layers rescaled by --stress", "breaking", "request.stress"),
     Check("every operation watched (--trace)", "declared", "request.trace"),
+    Check("quantized model loaded from cache", "declared", "load.from_cache", null="no cache asked for"),
     Check("requested dtype", "declared", "request.dtype"),
     Check("effective dtype", "declared", "quantization.effective_dtype"),
     Check("harness commit", "declared", "environment.commit"),

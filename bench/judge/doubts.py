@@ -16,6 +16,7 @@ in float16 on ordinary English text and trains, while other models that came as 
 rounding of their quantization (Kimi-Dev-72B, turboderp-org/exllamav3#52)."""
 UNSTEADY_FACTOR = 1.5
 """Slowest over fastest measured step: above this, something else may have used the machine."""
+SHAPE_BESIDE_THE_MLP = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 ONE_RUN = (
     "Each backend ran once, and one run gives no interval: small differences cannot be ranked, and a mark "
@@ -49,6 +50,7 @@ def warnings(
     completed = [row for row in rows if row.completed]
     found = [
         *_of_the_comparison(groups, conditions),
+        *_of_padding(completed),
         *_of_the_setting(rows),
         *_few_steps(completed),
         *(f"{row.name}: {text}" for row in completed for text in _of_a_run(row)),
@@ -65,9 +67,14 @@ def _of_the_comparison(groups: Sequence[Group], conditions: Sequence[Condition])
     if len(groups) > 1:
         breaking = [condition.name for condition in differing if condition.kind == "breaking"]
         cause = f"they differ in {', '.join(breaking)}" if breaking else "they share no repeat, so no seed"
+        kinds = {row.record.request.calibration == "published" for group in groups for row in group.rows}
+        remedy = "with one command"
+        if len(kinds) > 1:
+            # One command makes no difference: a published checkpoint is another model than the dense one.
+            remedy = "with one command and --calibration rtn, which packs the same weights for all of them"
         yield (
             f"The completed runs did not all do the same work ({cause}). They are split into {len(groups)} "
-            "groups: compare figures within a group only, or run all backends again with one command."
+            f"groups: compare figures within a group only, or run all backends again {remedy}."
         )
     for condition in differing:
         if condition.kind == "declared":
@@ -76,6 +83,33 @@ def _of_the_comparison(groups: Sequence[Group], conditions: Sequence[Condition])
                 f"Not the same for all runs: {condition.name} ({values}). Read their figures with that in "
                 "mind."
             )
+
+
+def _of_padding(completed: Sequence[Row]) -> Iterator[str]:
+    """Published checkpoints whose MLP layers were padded, beside the same shape that was not."""
+    shapes: dict[tuple[object, ...], dict[tuple[bool, int], list[str]]] = {}
+    for row in completed:
+        request = row.record.request
+        architecture = request.model.architecture
+        width = architecture.get("intermediate_size")
+        if isinstance(width, int):
+            rest = tuple(architecture.get(name) for name in SHAPE_BESIDE_THE_MLP)
+            kind = request.calibration == "published", width
+            shapes.setdefault(rest, {}).setdefault(kind, []).append(row.label)
+    for kinds in shapes.values():
+        for (published, padded), labels in kinds.items():
+            narrower = {width: who for (other, width), who in kinds.items() if not other and width < padded}
+            for width, plain in narrower.items() if published else ():
+                yield (
+                    f"{_listed(labels)}: MLP layers and their adapters are {padded} channels wide instead of "
+                    f"{width} ({_listed(plain)}): the published checkpoint pads them. That is "
+                    f"{100 * (padded / width - 1):.2g} % more of them to hold and to multiply, and adapters "
+                    "that begin with other values, so its figures stand in a group of their own."
+                )
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(labels))
 
 
 def _of_the_setting(rows: Sequence[Row]) -> Iterator[str]:
@@ -89,6 +123,9 @@ def _of_the_setting(rows: Sequence[Row]) -> Iterator[str]:
             "The weights are synthetic: speed and memory are measured on the exact shape, but losses and "
             "gradients say nothing about the stability of the real model. Use --weights real for that."
         )
+    for row in rows:
+        # The same for all runs of one command; said once (see `warnings`).
+        yield from row.record.preflight.warnings if row.record.preflight else ()
     if any(row.record.environment and row.record.environment.dirty for row in rows):
         yield (
             "The checkout of the harness had uncommitted changes, so its commit does not name the code that "

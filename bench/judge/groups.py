@@ -17,6 +17,7 @@ from bench.judge.stability import GRAVITY, Verdict
 FIGURES: Mapping[str, Literal["lowest", "highest"] | None] = {
     "storage_bits_per_weight": "lowest",
     "load_seconds": "lowest",
+    "reload_seconds": "lowest",
     "step_seconds_median": "lowest",
     "tokens_per_second": "highest",
     "peak_memory_bytes": "lowest",

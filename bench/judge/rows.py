@@ -58,6 +58,9 @@ class Row:
     non_finite_steps: int | None
     skipped_updates: int | None
     load_seconds: float | None
+    """None where the quantized model came from the cache: nothing was quantized."""
+    reload_seconds: float | None
+    """The load of a quantized model from the cache."""
     peak_by_device: tuple[DevicePeak, ...]
     peak_memory_bytes: int | None
     """Of the fullest device: that one decides whether a run fits."""
@@ -129,7 +132,8 @@ def _row(record: Record, label: str, name: str) -> Row:
         gradient_norm_max=_highest(norms),
         non_finite_steps=sum(not is_finite_step(step) for step in record.steps) if record.steps else None,
         skipped_updates=sum(not step.applied for step in record.steps) if record.steps else None,
-        load_seconds=record.load.load_seconds if record.load else None,
+        load_seconds=record.load.load_seconds if record.load and not record.load.from_cache else None,
+        reload_seconds=record.load.reload_seconds if record.load else None,
         peak_by_device=peaks,
         peak_memory_bytes=largest(peak.peak_bytes for peak in peaks),
         steps_peak_reserved_bytes=largest(step.peak_reserved_bytes for step in record.steps),
@@ -173,7 +177,7 @@ def _tensor_bytes(kinds: Sequence[BytesByKind]) -> dict[str, int | None]:
         known = [value for kind in kinds if (value := getattr(kind, name)) is not None]
         return sum(known) if kinds and len(known) == len(kinds) else None
 
-    return {name: total(name) for name in BytesByKind.model_fields if name != "device"}
+    return {name: total(name) for name in BytesByKind.model_fields if name not in ("device", "rank")}
 
 
 def median(values: Sequence[float]) -> float | None:

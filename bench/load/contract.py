@@ -95,6 +95,8 @@ class Backend(ABC):
         "fsdp": "FSDP cuts and gathers plain floating-point parameters, which its packed ones are not"
     }
     """Placements that it cannot be trained in, with the reason."""
+    uncached: ClassVar[str | None] = "its adapter does not say how a quantized layer is stored"
+    """Why ``--cache`` keeps nothing of it; None: it has `store` and `restore`."""
     placement: Placement = "single"
     """How this run uses its devices; set by the harness before `fit`."""
 
@@ -119,6 +121,23 @@ class Backend(ABC):
     def linear(self, layer: Layer) -> torch.nn.Module:
         """Build the frozen, quantized layer on ``layer.device``."""
 
+    def store(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What a layer that `linear` built is made of, for ``--cache``: contiguous tensors by names of your
+        own, biases excluded. What follows from options, shape and library version need not be among them.
+
+        The tensors may be the layer's own: they are written before anything computes."""
+        raise NotImplementedError
+
+    def restore(self, layer: Layer) -> torch.nn.Module:
+        """The layer as `linear` built it, to the bit, from ``layer.tensors`` as `store` gave them. They are
+        on ``layer.device``; nothing is quantized."""
+        raise NotImplementedError
+
+    def stored_form(self) -> str:
+        """What `store` gives, where options and library versions do not tell. Another form is another entry
+        of the cache."""
+        return ""
+
     @abstractmethod
     def expected_bits(self, shape: Shape) -> float:
         """Storage bits per weight by arithmetic: codes, scales, zeros and tables; biases excluded."""
@@ -141,6 +160,7 @@ class Backend(ABC):
 class PackedBackend(Backend):
     """A backend whose layers come packed out of a checkpoint (AutoGPTQ and AutoAWQ formats)."""
 
+    uncached = "its layers come packed out of a checkpoint and are not quantized in a run"
     method: ClassVar[str]
     """``quant_method`` in the checkpoint's config.json."""
     calibration_moves_scales: ClassVar[bool] = False

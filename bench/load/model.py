@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.load.cache import QuantizedCache
 from bench.load.contract import Backend, Layer, PackedBackend, Shape
+from bench.load.heap import trim_heap
 from bench.load.layout import Layout, carry
 from bench.load.weights import Weights
 
@@ -72,11 +74,13 @@ def build_model(
     backend: Backend,
     layout: Layout,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    cache: QuantizedCache | None = None,
 ) -> BuiltModel:
     """Fill ``model`` in place: linear layers through ``backend``, the rest in the compute dtype, each part
     where ``layout`` says.
 
-    ``progress`` is called with the number of modules done and in all.
+    ``progress`` is called with the number of modules done and in all. ``cache``: quantized layers are read
+    from it, or kept in it. Raises BrokenCache where it does not hold what was written.
     """
     dtype = DTYPES[backend.dtype]
     shapes = linear_shapes(model)
@@ -84,8 +88,11 @@ def build_model(
     for done, (name, shape) in enumerate(shapes.items()):
         progress(done, len(shapes))
         # In a function of its own, so that a layer's dense weight is gone before the next one is read.
-        quantized = _quantize(name, shape, model, weights, backend, layout.device_of(name))
+        quantized = _quantize(name, shape, model, weights, backend, layout.device_of(name), cache)
         model.set_submodule(name, quantized, strict=True)
+        if cache is not None:
+            cache.keep(name, backend, quantized)
+        trim_heap()
     progress(len(shapes), len(shapes))
     model.requires_grad_(False)
     # Training mode throughout: in eval mode several kernels take paths without a backward.
@@ -95,15 +102,40 @@ def build_model(
 
 
 def _quantize(
-    name: str, shape: Shape, model: nn.Module, weights: Weights, backend: Backend, device: torch.device
+    name: str,
+    shape: Shape,
+    model: nn.Module,
+    weights: Weights,
+    backend: Backend,
+    device: torch.device,
+    cache: QuantizedCache | None,
 ) -> nn.Module:
+    dtype = DTYPES[backend.dtype]
+    bias = _bias(f"{name}.bias", shape, model.get_submodule(name).bias is not None, weights, device)
+    bias = None if bias is None else bias.to(dtype)
+    stored = cache.tensors(name, device) if cache is not None else None
+    if stored is not None:
+        return backend.restore(Layer(name, shape, stored, bias, dtype, device))
     tensors = {suffix: weights.tensor(f"{name}.{suffix}", device) for suffix in _tensor_names(backend)}
     if "weight" in tensors:
         _check_shape(f"{name}.weight", tensors["weight"], (shape.out_features, shape.in_features))
-    dtype = DTYPES[backend.dtype]
-    has_bias = model.get_submodule(name).bias is not None
-    bias = weights.tensor(f"{name}.bias", device).to(dtype) if has_bias else None
     return backend.linear(Layer(name, shape, tensors, bias, dtype, device))
+
+
+def _bias(
+    name: str, shape: Shape, wanted: bool, weights: Weights, device: torch.device
+) -> torch.Tensor | None:
+    """A layer's bias. AutoGPTQ writes one of zeros for layers of a model that has none, and that is passed
+    over. Raises ValueError for one that would be lost."""
+    if not wanted and name not in weights:
+        return None
+    bias = weights.tensor(name, device)
+    if not wanted:
+        if bias.count_nonzero():
+            raise ValueError(f"tensor '{name}' is not zero, and the configuration has no bias there")
+        return None
+    _check_shape(name, bias, (shape.out_features,))
+    return bias
 
 
 def unquantized_digest(built: BuiltModel) -> str:
@@ -115,7 +147,9 @@ def unquantized_digest(built: BuiltModel) -> str:
         if tied and name == HEAD:
             continue
         digest.update(name.encode())
-        flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
+        # Of one that is cut over several processes, the whole: each of them asks for it here.
+        whole = getattr(parameter, "full_tensor", parameter.detach)()
+        flat = whole.detach().contiguous().view(-1).view(torch.uint8)
         for start in range(0, flat.numel(), HASH_CHUNK_BYTES):
             digest.update(flat[start : start + HASH_CHUNK_BYTES].cpu().numpy().tobytes())
     return digest.hexdigest()

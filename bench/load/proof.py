@@ -109,6 +109,12 @@ def tensors_of(layer: nn.Module) -> Iterator[tuple[tuple[str, ...], torch.Tensor
     yield from _walk(vars(layer), (), {id(layer)}, 0)
 
 
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: its part, where the tensor is cut over several."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local().detach()
+
+
 def _walk(
     value: Any, path: tuple[str, ...], seen: set[int], depth: int
 ) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
@@ -116,7 +122,7 @@ def _walk(
         return
     seen.add(id(value))
     if isinstance(value, torch.Tensor):
-        yield path or ("tensor",), value
+        yield path or ("tensor",), held(value)
         # Params4bit and Int8Params carry their scales as attributes of the parameter itself.
         yield from _walk(getattr(value, "__dict__", {}), path, seen, depth + 1)
     elif isinstance(value, dict):
@@ -126,7 +132,7 @@ def _walk(
     elif isinstance(value, list | tuple | set | frozenset):
         for inner in value:
             yield from _walk(inner, path, seen, depth + 1)
-    elif not isinstance(value, OPAQUE):
+    elif not isinstance(value, OPAQUE) and not type(value).__module__.startswith("torch.distributed"):
         for below, inner in _held_by(value):
             yield from _walk(inner, (*path, *below), seen, depth + 1)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 
-from bench.ask.models import weight_files
+from bench.ask.shards import weight_files
 from bench.errors import BrokenFile
 from bench.load.contract import PackedBackend, Shape
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import psutil
 import torch
 
-from bench.probe.machine import commit_and_dirty, cuda_devices, processor_name, usable_cores
+from bench.probe.machine import commit_and_dirty, cuda_device, processor_name, usable_cores
 from bench.record.schema import Device, Environment
 
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
@@ -25,8 +25,7 @@ def describe_environment(
     """Everything about the machine and the process that a figure may depend on."""
     commit, dirty = commit_and_dirty()
     total = int(psutil.virtual_memory().total)
-    wanted = {str(device) for device in devices}
-    cards = [card for card in cuda_devices() if card.device in wanted] if torch.cuda.is_available() else []
+    cards = [card_of(device) for device in devices if device.type == "cuda"]
     processor = Device(device="cpu", name=processor_name(), total_memory_bytes=total)
     return Environment(
         platform=platform.platform(),
@@ -43,4 +42,20 @@ def describe_environment(
         changed_variables=dict(changed_variables),
         commit=commit,
         dirty=dirty,
+    )
+
+
+def card_of(device: torch.device) -> Device:
+    """The card behind torch's device: found in NVML by its UUID, because CUDA_VISIBLE_DEVICES may hide and
+    reorder cards; as torch describes it where NVML does not know it."""
+    properties = torch.cuda.get_device_properties(device)
+    for prefix in ("GPU-", "MIG-"):
+        card = cuda_device(f"{prefix}{properties.uuid}", str(device))
+        if card is not None:
+            return card
+    return Device(
+        device=str(device),
+        name=properties.name,
+        total_memory_bytes=properties.total_memory,
+        compute_capability=f"{properties.major}.{properties.minor}",
     )

@@ -7,7 +7,6 @@ Linux lets a process reset for itself, so that each phase has a peak of its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 from torch import nn
 
 from bench.load.contract import Backend
+from bench.load.heap import trim_heap
 from bench.load.layout import Layout, Place
 from bench.load.model import BuiltModel
-from bench.load.proof import StorageCount
+from bench.load.proof import StorageCount, held
 from bench.record.schema import BytesByKind, MemoryReading, Phase
 
 STATUS = Path("/proc/self/status")
@@ -80,14 +80,12 @@ def release_unused(devices: Sequence[torch.device]) -> None:
     """Give memory that nothing uses back to the system: cycles, CUDA's cached blocks, glibc's free heap.
 
     Called once after the load. What a loader's temporaries left in an allocator would otherwise count in
-    every later phase: on a CPU that was 1.1 GB for HQQ on
-    the proxy, and ranked backends by their loaders' habits.
+    every later phase, and rank backends by their loaders' habits.
     """
     gc.collect()
     if any(device.type == "cuda" for device in devices):
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to trim
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
 
 
 def resident_bytes() -> int:
@@ -147,11 +145,11 @@ def _bytes_at(
     own = {name: parameter for name, parameter in lora.items() if here(name)}
     adapters = {id(parameter) for parameter in lora.values()}
     rest = _nbytes(
-        tensor
+        part
         for name, tensor in [*built.model.named_parameters(), *built.model.named_buffers()]
         if here(name)
         and id(tensor) not in adapters
-        and (str(tensor.device), tensor.untyped_storage().data_ptr()) not in count.seen
+        and (str(tensor.device), (part := held(tensor)).untyped_storage().data_ptr()) not in count.seen
     )
     state = (
         value

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bench.load.model import BuiltModel
-from bench.load.proof import tensors_of
+from bench.load.proof import held, tensors_of
 
 CHUNK = 2**24
 """Values looked at in one go: ``isfinite`` makes a temporary of a byte each."""
@@ -38,7 +38,7 @@ def _floating(built: BuiltModel) -> Iterator[tuple[str, str, torch.Tensor]]:
             yield from _once(name, ".".join(path), tensor, seen)
     for name, parameter in built.model.named_parameters(remove_duplicate=False):
         if not name.startswith(quantized):
-            yield from _once(*name.rpartition(".")[::2], parameter, seen)
+            yield from _once(*name.rpartition(".")[::2], held(parameter), seen)
 
 
 def _once(

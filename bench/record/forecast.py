@@ -57,6 +57,25 @@ class Line(Recorded):
         return self.predicted / self.measured - 1
 
 
+class StepSeconds(Recorded):
+    """The optimizer steps that one process timed, depth by depth in turns."""
+
+    repeat: int
+    warmup_rounds: int
+    """Leading rounds, which no statistic takes in."""
+    seconds: Mapping[int, tuple[float | None, ...]]
+    """Decoder layers -> seconds of the step in each round, the warm-up's first; null: not its turn (the full
+    depth is timed in every second round only)."""
+
+
+class Check(Recorded):
+    """The forecast made again from some of the slices of one repeat, beside what that repeat measured."""
+
+    slices: tuple[int, ...]
+    repeat: int
+    lines: tuple[Line, ...]
+
+
 class CardOutlook(Recorded):
     """One backend at the full depth on one set of cards."""
 
@@ -94,6 +113,14 @@ class BackendForecast(Recorded):
     message: str | None = None
     """Why there is no forecast, where there is none: what a slice ended with."""
     notes: tuple[str, ...] = ()
+    full_keys: tuple[str, ...] = ()
+    """Keys of all records of the full depth, ``full_key`` the first of them."""
+    step_seconds: tuple[StepSeconds, ...] = ()
+    """Raw, one entry for each repeat; the step line is derived from them."""
+    checks: tuple[Check, ...] = ()
+    """With ``--verify``: for each set of slices and each repeat by itself."""
+    failures: tuple[str, ...] = ()
+    """Runs that did not complete, a sentence each. There may be a forecast from the others."""
 
     def line(self, group: Group, name: str) -> Line | None:
         """One line by its name."""
@@ -121,6 +148,10 @@ class Forecast(Recorded):
     ended_at: str
     """UTC, ISO 8601."""
     wall_seconds: Seconds
+    peak_memory: Literal["peak_resident_bytes", "peak_allocated_bytes"] | None = None
+    """What the lines of the group "peak" are, by its name in a record's memory readings: resident memory of
+    the process on a CPU; tensors in torch's allocator on CUDA, where lines named "..._reserved" hold what the
+    allocator took. Null: nothing was measured."""
 
     @property
     def slice_keys(self) -> frozenset[str]:

@@ -18,7 +18,10 @@ class PlaceFacts(Recorded):
     wire_bytes_per_step: Bytes | None = None
     """Sent to other processes in one step, where that was counted."""
     step_seconds: tuple[Seconds, ...] = ()
-    """Of this process, where there are several; the run's own steps are those of rank 0."""
+    """Of this process, where there are several; the run's own steps are as long as the slowest's."""
+    workload_digest: str | None = None
+    """SHA-256 over the batches that this process consumed, where there are several; the run's own is over
+    the whole stream, of which each takes its turn."""
 
 
 class PlacementFacts(Recorded):

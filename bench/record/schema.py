@@ -7,7 +7,7 @@ a number that is not finite is the string "NaN", "Infinity" or "-Infinity".
 Schema history
     1   first version; fields added since have a null or empty default, which older records get:
         the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
-        the placement over several devices and ranks
+        the placement over several devices and ranks, the cache of quantized models, the preflight
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 
 from bench.ask.plan import RunRequest
 from bench.record.placement import PlacementFacts
+from bench.record.preflight import Preflight
 from bench.record.recorded import Bytes, Recorded, Seconds
 from bench.record.stability import Fidelity, FirstFailure, Replay, StepProbe, StressedPair
 
@@ -46,7 +47,7 @@ class Environment(Recorded):
     cpu: str
     cpu_cores: int
     cpu_threads: int
-    """Threads torch used."""
+    """Threads torch used, in each process."""
     total_memory_bytes: Bytes
     cuda: str | None
     devices: tuple[Device, ...]
@@ -94,10 +95,21 @@ class Load(Recorded):
     prepare_seconds: Seconds | None = None
     """Making a pre-quantized checkpoint, where one was made for this run; not part of the load."""
     load_seconds: Seconds
-    """Reading or drawing, quantizing and placing all weights."""
+    """Reading or drawing, quantizing and placing all weights; without quantizing them where they came from
+    the cache."""
+    from_cache: bool | None = None
+    """Whether the quantized layers were loaded from the cache; null: none was asked for (``--cache``)."""
+    quantize_seconds: Seconds | None = None
+    """With a cache, the load that quantized: this run's, or that of the run that filled the cache."""
+    reload_seconds: Seconds | None = None
+    """The load of this run, where it came from the cache."""
+    cache_write_seconds: Seconds | None = None
+    """Spent on filling the cache, or on a broken one; not part of the load."""
+    cache_bytes: Bytes | None = None
+    """Of the quantized layers as they are in the cache."""
     attach_seconds: Seconds | None = None
     host_peak_bytes: Bytes | None
-    """Peak resident memory of the process up to the end of the load."""
+    """Peak resident memory of the process up to the end of the load, filling the cache included."""
     weights_digest: str
     """SHA-256 over the unquantized parameters as placed: equal for every backend, except that AWQ's
     calibration folds its scales into the norms before the layers it scales."""
@@ -123,7 +135,8 @@ class WorkloadFacts(Recorded):
     tokenizer: str
     examples: int
     digest: str | None
-    """SHA-256 over the ids, labels and masks in the order in which the loop consumed them."""
+    """SHA-256 over the ids, labels and masks in the order in which the loop consumed them; of several
+    processes, in the order of the stream that they share."""
     tokens: int
     """Non-padding tokens consumed."""
     loss_tokens: int
@@ -173,7 +186,7 @@ class Memory(Recorded):
     phase_step: int | None = None
     """The step whose forward, backward and optimizer phases were read (a warm-up step)."""
     process_peak_resident_bytes: Bytes | None = None
-    """Highest resident memory of the worker over its whole life."""
+    """Highest resident memory of the worker over its whole life; of several, of the one with the most."""
 
 
 class Step(Recorded):
@@ -182,13 +195,15 @@ class Step(Recorded):
     index: int
     warmup: bool
     losses: tuple[float, ...]
-    """Mean loss per loss token of each micro-batch, raw."""
+    """Mean loss per loss token of each micro-batch, raw; those of all processes, in the stream's order."""
     gradient_norm: float
-    """Global L2 norm over all LoRA gradients, unscaled, before clipping, accumulated in float32."""
+    """Global L2 norm over all LoRA gradients, averaged over the processes, unscaled, before clipping,
+    accumulated in float32."""
     learning_rate: float
     seconds: Seconds
+    """Of the slowest process."""
     tokens: int
-    """Non-padding tokens."""
+    """Non-padding tokens of all processes."""
     loss_tokens: int
     applied: bool
     """False where the float16 scaler skipped the update."""
@@ -207,6 +222,11 @@ class Proof(Recorded):
     """Storage bits per weight of every layer within 1 % of the arithmetic."""
     placed: bool | None = None
     """Every parameter and buffer on the device that the placement gives it."""
+    gathered: bool | None = None
+    """Cut over several processes (``fsdp``): what every layer computes with was the same to the bit when it
+    was gathered again as before it was cut."""
+    ranks_agree: bool | None = None
+    """Of several processes: digests, gradient norms, skipped updates and trained adapters are the same."""
     base_frozen: bool | None = None
     gradients_reach_adapters: bool | None = None
     """After the first backward every adapter tensor has a gradient, and no B's is zero everywhere (A's is
@@ -238,6 +258,9 @@ class Record(Recorded):
     started_at: str
     """UTC, ISO 8601."""
     wall_seconds: Seconds
+    preflight: Preflight | None = None
+    """What was found about the cards before the command's first run; null where it was not on CUDA, and in
+    records made before there was one."""
     environment: Environment | None = None
     placement: PlacementFacts | None = None
     """Null in records made before there was a choice: one device."""

@@ -59,6 +59,9 @@ class FirstFailure(Recorded):
     tensor: str
     """Which of its tensors: "output", "input", "gradient of the output", a weight or a LoRA tensor."""
     device: str
+    rank: int | None = None
+    """Of the process that saw it in its own values, where a run has several; micro-batches are then counted
+    as in `Step.losses`."""
     value: float | None
     """NaN or an infinity; null where the fault is no number (an id outside the vocabulary)."""
     last_finite_abs_max: float | None

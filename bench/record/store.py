@@ -54,7 +54,12 @@ class Store:
     def finished(self, key: str) -> bool:
         """Whether the run of this key has a record that stands."""
         path = self.path(key)
-        return path.exists() and read_record(path).status not in REPEATED_STATUSES
+        if not path.exists():
+            return False
+        record = read_record(path)
+        # Cards on which copies arrive changed say nothing about the backend either.
+        stopped = record.status == "error" and record.preflight is not None and record.preflight.stopped
+        return not stopped and record.status not in REPEATED_STATUSES
 
     def records(self) -> Iterator[Record]:
         """Every record in the folder and below it, in order of their start.

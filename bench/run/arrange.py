@@ -14,17 +14,17 @@ import psutil
 
 from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
-from bench.ask.models import resolve_model
-from bench.ask.packing import CALIBRATIONS, decide_calibration
+from bench.ask.packing import CALIBRATIONS
 from bench.ask.placement import count_devices
 from bench.ask.plan import plan
 from bench.ask.preset import AUTOMATIC, Preset, choose_preset, load_preset
 from bench.ask.stress import parse_stress, resolve_stress
 from bench.errors import BadValue, unknown
-from bench.load.contract import PackedBackend
 from bench.load.registry import Entry, find_backends
 from bench.probe.machine import cuda_devices, usable_cores
 from bench.record.store import Store
+from bench.run.placing import refuse_placement, settle
+from bench.run.sources import find_sources
 from bench.run.sweep import Sweep
 
 DEFAULT_OUT = Path("results/local")
@@ -97,54 +97,53 @@ def arrange(asked: Asked) -> Arranged:
     if experiment.workload.data is not None:
         read_conversations(Path(experiment.workload.data))
         digest = file_digest(Path(experiment.workload.data))
-    _refuse_placement(experiment, entries)
-    model = resolve_model(experiment, preset_model=preset.model, download=asked.download)
-    resolve_stress(experiment.stress, model.request.architecture, model.request.layers)
+    refuse_placement(experiment, entries)
+    sources = find_sources(experiment, preset, entries, calibration, download=asked.download)
+    models = {name: source.model.request for name, source in sources.items()}
+    for model in models.values():
+        resolve_stress(experiment.stress, model.architecture, model.layers)
     device = _device(experiment.device, has_cuda=bool(cuda_devices()))
     device_count = count_devices(experiment, device, len(cuda_devices()))
-    method, calibration_note = decide_calibration(model.request, calibration, preset.calibration)
-    packed = {name for name in experiment.backends if issubclass(entries[name].backend, PackedBackend)}
     requests = plan(
         experiment,
-        model.request,
+        models,
         device=device,
         device_count=device_count,
         cpu_threads=experiment.cpu_threads or usable_cores(),
         options=backend_options,
         data_digest=digest,
-        calibrations={name: method if name in packed else None for name in experiment.backends},
+        calibrations={name: source.calibration for name, source in sources.items()},
         libraries={name: entries[name].backend.requires for name in experiment.backends},
     )
+    placed = ""
+    if experiment.placement == "auto" and device_count == 1:
+        requests, placed = settle(requests, cuda_devices())
     out = asked.out or DEFAULT_OUT / Path(experiment.preset).stem
-    note = f" ({model.request.note})" if model.request.note else ""
-    headline = (
-        f"preset {experiment.preset}{why}: {model.request.name}, {model.request.weights} weights{note}, "
-        f"on {device}; {len(requests)} runs of {experiment.workload.steps} steps"
-    )
     sweep = Sweep(
         requests,
-        model,
+        sources,
         entries,
         Store(out),
         memory_bytes=_memory_bytes(device),
-        calibration_note=calibration_note,
         force=asked.force,
+    )
+    headline = (
+        f"preset {experiment.preset}{why}: {_models_in_words(sweep)}, on {device}{placed}; "
+        f"{len(requests)} runs of {experiment.workload.steps} steps"
     )
     return Arranged(sweep, headline)
 
 
-def _refuse_placement(experiment: Experiment, entries: dict[str, Entry]) -> None:
-    """Raise BadValue where the placement is possible with no backend that was asked for. Where it is with
-    some, the others become rows that say why."""
-    placement = experiment.placement
-    refused = {name: entries[name].backend.refused_placements.get(placement) for name in experiment.backends}
-    if all(refused.values()):
-        able = [n for n, entry in entries.items() if placement not in entry.backend.refused_placements]
-        raise BadValue(
-            f"--placement {placement} is not possible with {', '.join(refused)}: "
-            f"{next(iter(refused.values()))}",
-            f"possible with: {', '.join(able)}" if able else None,
-        )
+def _models_in_words(sweep: Sweep) -> str:
+    """The model that is meant, and which backends read another."""
+    meant = sweep.model.request
+    note = f" ({meant.note})" if meant.note else ""
+    others = [
+        f"; {name} reads {source.model.request.name}"
+        for name, source in sweep.sources.items()
+        if source.model.request.name != meant.name
+    ]
+    return f"{meant.name}, {meant.weights} weights{note}{''.join(others)}"
 
 
 def _memory_bytes(device: str) -> int | None:
@@ -158,8 +157,7 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
     """The validated experiment, its preset, and why that was chosen."""
     name, why = asked.preset, ""
     if name == AUTOMATIC:
-        memory = max((c.total_memory_bytes for c in cuda_devices() if c.total_memory_bytes), default=None)
-        name, reason = choose_preset(memory)
+        name, reason = choose_preset([c.total_memory_bytes for c in cuda_devices() if c.total_memory_bytes])
         why = f" (chosen: {reason})"
     preset = load_preset(name)
     values: dict[str, Any] = {

@@ -16,6 +16,7 @@ from torch import nn
 from bench.ask.models import read_config
 from bench.ask.plan import RunRequest
 from bench.ask.stress import resolve_stress
+from bench.load.cache import BrokenCache
 from bench.load.contract import PackedBackend
 from bench.load.layout import Layout, Place, spread_layout
 from bench.load.lora import attach
@@ -24,13 +25,16 @@ from bench.load.registry import get_backend
 from bench.load.stress import StressedWeights
 from bench.load.weights import CheckpointWeights, RandomCodes, SyntheticWeights
 from bench.run.attention import choose_kernel, implementation
+from bench.run.distributed import Rank, SharedReader
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables
 from bench.run.order import Order
+from bench.run.ranks import processes_of
 from bench.run.training import enable_checkpointing, make_trainer
 from bench.run.workload import WorkloadReader, encoder_for
 
 if TYPE_CHECKING:
+    from bench.load.cache import QuantizedCache
     from bench.load.contract import Backend, Shape
     from bench.load.model import BuiltModel
     from bench.load.weights import Weights
@@ -81,8 +85,11 @@ class Builder:
                 weights = RandomCodes(plain, backend, linear_shapes(model), deviation)
         return StressedWeights(weights, self.pairs) if self.pairs and stressed else weights
 
-    def build(self, request: RunRequest) -> tuple[Backend, BuiltModel, dict[str, Shape]]:
-        """The quantized model of a request where its placement says, with the shapes of its linear layers."""
+    def build(
+        self, request: RunRequest, cache: QuantizedCache | None = None
+    ) -> tuple[Backend, BuiltModel, dict[str, Shape]]:
+        """The quantized model of a request where its placement says, with the shapes of its linear layers.
+        ``cache``: the quantized layers come from there, or are kept there."""
         choose_kernel(request.attention)
         backend, model, weights = self.open(request, self.order.packed_folder or self.order.model_folder)
         shapes = linear_shapes(model)
@@ -90,7 +97,14 @@ class Builder:
             backend.fit(list(shapes.values()))
         layout = layout_of(request, backend)
         with self.watched:
-            return backend, build_model(model, weights, backend, layout, self.progress), shapes
+            if cache is not None:
+                cache.open(backend, request, shapes, self.pairs)
+                try:
+                    return backend, build_model(model, weights, backend, layout, self.progress, cache), shapes
+                except BrokenCache as error:
+                    cache.discard(error)
+                model = skeleton(dict(request.model.architecture), implementation(request.attention))
+            return backend, build_model(model, weights, backend, layout, self.progress, cache), shapes
 
     def trainer_of(self, request: RunRequest) -> Trainer:
         """Another model of this run's worker, ready to train, with nothing that looks on or is recorded."""
@@ -102,7 +116,10 @@ class Builder:
     def reader(self) -> WorkloadReader:
         """The work from its beginning."""
         vocabulary = int(self.request.model.architecture["vocab_size"])
-        return WorkloadReader(self.request.workload, encoder_for(self.order.model_folder, vocabulary))
+        encoder = encoder_for(self.order.model_folder, vocabulary)
+        if processes_of(self.request) > 1:
+            return SharedReader(self.request.workload, encoder, Rank.of_environment())
+        return WorkloadReader(self.request.workload, encoder)
 
     def progress(self, done: int, total: int) -> None:
         """Tell how many layers are done, not too often."""
@@ -111,18 +128,27 @@ class Builder:
             self.channel.send("progress", done=done, total=total)
 
 
+def is_first(request: RunRequest) -> bool:
+    """Whether this process is the only one of its run, or rank 0 of several."""
+    return processes_of(request) == 1 or Rank.of_environment().index == 0
+
+
 def places_of(request: RunRequest) -> list[Place]:
     """The places that the process of a request has for its model. Raises RuntimeError where a device is not
     there."""
+    together = processes_of(request) > 1
     wanted = request.device_count if request.placement == "split" else 1
     if request.device == "cpu":
         cpu = torch.device("cpu")
         labels = ["cpu"] if wanted == 1 else [f"cpu:{index}" for index in range(wanted)]
         return [Place(label, cpu) for label in labels]
     found = torch.cuda.device_count()
-    if found < wanted:
-        raise RuntimeError(f"{wanted} CUDA devices were asked for and torch finds {found or 'none'}")
-    return [Place(f"cuda:{index}", torch.device("cuda", index)) for index in range(wanted)]
+    if found < request.device_count:
+        raise RuntimeError(
+            f"{request.device_count} CUDA devices were asked for and torch finds {found or 'none'}"
+        )
+    first = Rank.of_environment().local if together else 0
+    return [Place(f"cuda:{index}", torch.device("cuda", index)) for index in range(first, first + wanted)]
 
 
 def layout_of(request: RunRequest, backend: Backend) -> Layout:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.probe.machine import REPOSITORY
+from bench.record.depths import DepthTimes
 from bench.record.schema import Record
 from bench.run.events import parse_event
 from bench.run.order import Order
-from bench.run.told import Ending, Told, outcome_of, record_of
+from bench.run.ranks import processes_of
+from bench.run.told import Ending, Told, outcome_of, record_of, times_of
 
 STDERR_TAIL_BYTES = 4000
 GRACE_SECONDS = 5.0
@@ -50,7 +52,7 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
                 told = Told()
         if told.status is None and not ending.timed_out and ending.exit_code == 0:
             order = _with_reference(order, listener)
-            ending = _work(order, told, listener, time.monotonic())
+            ending = _train(order, told, listener)
     except KeyboardInterrupt:
         interrupted = True
     record = record_of(
@@ -59,6 +61,40 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
     if interrupted:
         raise KeyboardInterrupt(record)
     return record
+
+
+def time_depths(order: Order, listener: Listener = lambda event: None) -> DepthTimes:
+    """Time the turns of ``order`` in a fresh worker. A packed checkpoint that is missing is made first.
+
+    Raises KeyboardInterrupt after the worker has been stopped.
+    """
+    began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    told, ending = Told(), Ending(exit_code=0, timed_out=False, stderr_tail=None)
+    if _must_prepare(order):
+        ending = _work(order, told, listener, began, "--prepare")
+        if told.status == "completed":
+            told = Told()
+    if told.status is None and not ending.timed_out and ending.exit_code == 0:
+        ending = _work(order, told, listener, time.monotonic(), "--depths")
+    return times_of(order, told, ending, started_at, time.monotonic() - began)
+
+
+def work_alone(order: Order, work: str) -> tuple[Told, Ending]:
+    """One worker process for ``work``, the worker's flag: what it told and how it ended.
+
+    Raises KeyboardInterrupt after the worker has been stopped.
+    """
+    told = Told()
+    return told, _work(order, told, lambda event: None, time.monotonic(), work)
+
+
+def _train(order: Order, told: Told, listener: Listener) -> Ending:
+    """The run itself, in one process or in as many as its placement says."""
+    from bench.run.torchrun import work_together  # which imports this module
+
+    if processes_of(order.request) > 1:
+        return work_together(order, told, listener, time.monotonic())
+    return _work(order, told, listener, time.monotonic())
 
 
 def _must_prepare(order: Order) -> bool:
@@ -76,6 +112,8 @@ def _with_reference(order: Order, listener: Listener) -> Order:
     it is not. A reference that cannot be made costs the run nothing but the comparison."""
     if order.reference_request is None or order.reference_file is None or order.reference_file.is_file():
         return order
+    if processes_of(order.request) > 1:
+        return order  # which is compared with nothing
     making = Order(
         request=order.reference_request,
         model_folder=order.model_folder,
@@ -115,7 +153,7 @@ def _work(order: Order, told: Told, listener: Listener, began: float, work: str 
                     stderr=output,
                     pass_fds=[write_end],
                     start_new_session=True,
-                    env={**os.environ, "PYTHONPATH": _python_path()},
+                    env={**os.environ, **order.environment, "PYTHONPATH": python_path()},
                 )
             finally:
                 os.close(write_end)
@@ -125,8 +163,8 @@ def _work(order: Order, told: Told, listener: Listener, began: float, work: str 
                 if not timed_out:
                     timed_out = not _wait(process, max(0.0, deadline - time.monotonic()))
             finally:
-                _end(process)
-        return Ending(process.returncode, timed_out, _tail(log))
+                end(process)
+        return Ending(process.returncode, timed_out, tail(log))
 
 
 def _listen(events: Any, told: Told, listener: Listener, deadline: float) -> bool:
@@ -162,7 +200,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Make sure that no process of the worker's group is left, and reap it."""
     for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
         if process.poll() is not None:
@@ -177,14 +215,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def _tail(log: Path) -> str | None:
+def tail(log: Path) -> str | None:
+    """The last of what was written to a log; None: nothing was."""
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - STDERR_TAIL_BYTES))
         text = stream.read().decode("utf-8", errors="replace").strip()
     return text or None
 
 
-def _python_path() -> str:
+def python_path() -> str:
     """The worker finds the same harness as the parent, installed or not."""
     present = os.environ.get("PYTHONPATH")
     return f"{REPOSITORY}{os.pathsep}{present}" if present else str(REPOSITORY)

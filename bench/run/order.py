@@ -5,10 +5,14 @@ Paths are kept apart from the `RunRequest`, which goes into the record and must 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import Field
 
 from bench.ask.experiment import Frozen
 from bench.ask.plan import RunRequest
+from bench.record.depths import Turns
 
 
 class Order(Frozen):
@@ -29,3 +33,7 @@ class Order(Frozen):
     """Whether a failure is replayed after the training; it costs a second load of the model."""
     note: str | None = None
     """A departure from what was asked that concerns the packed checkpoint."""
+    environment: Mapping[str, str] = Field(default_factory=dict)
+    """Variables of the worker's environment, besides those of its parent."""
+    turns: Turns | None = None
+    """The depths whose steps are timed (``bench.run.depths``); None: an ordinary run."""

@@ -181,7 +181,7 @@ def _trainer(preset_name: str, backend_id: str) -> tuple[Trainer, WorkloadReader
          "backends": [backend_id]})  # fmt: skip
     model = resolve_model(experiment, preset_model=preset.model, download=False)
     (request,) = plan(
-        experiment, model.request, device="cpu", cpu_threads=usable_cores(),
+        experiment, {backend_id: model.request}, device="cpu", cpu_threads=usable_cores(),
         options={backend_id: entry.defaults.model_dump()}, libraries={backend_id: entry.backend.requires},
         calibrations={backend_id: None},
     )  # fmt: skip

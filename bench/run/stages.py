@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from bench.load.model import BuiltModel
     from bench.probe.memory import MemoryProbe
     from bench.run.building import Builder
+    from bench.run.distributed import Tie
     from bench.run.training import Trainer
     from bench.run.workload import WorkloadReader
 
@@ -107,6 +109,8 @@ class Run:
         adapters = self._attach(loaded, builder.pairs, probe)
         self.channel.stage("train")
         trainer = self._train(adapters, loaded, builder.reader(), probe)
+        if self.take_leave(trainer):
+            return
         # Whatever becomes of what follows, this run is complete.
         self.channel.send("outcome", status="completed", message=None)
         # Handed over whole: what holds the failing model must be able to let it go.
@@ -126,6 +130,14 @@ class Run:
         trainer = self._builder().trainer_of(self.request)
         make_reference(trainer, trainer.reader.next_batch(), self.order.reference_file)
 
+    def take_leave(self, trainer: Trainer) -> bool:
+        """Once the steps are done. Returns whether that was all: ranks do not look back."""
+        return False
+
+    def tie(self, adapters: Adapters) -> Tie | None:
+        """What makes one training of several processes' (``bench.run.rank_run``); None: there is one."""
+        return None
+
     def _builder(self) -> Builder:
         from bench.run.building import Builder
 
@@ -144,13 +156,23 @@ class Run:
         torch.manual_seed(self.request.seed)
 
     def _load(self, builder: Builder, probe: MemoryProbe, import_seconds: float) -> Loaded:
+        from bench.load.cache import QuantizedCache
         from bench.load.model import unquantized_digest
         from bench.probe.clock import now
         from bench.probe.memory import release_unused
+        from bench.run.building import is_first
 
-        began = now(probe.devices)
-        backend, built, shapes = builder.build(self.request)
-        seconds = now(probe.devices) - began
+        cache = None
+        if self.request.cache:
+            cache = QuantizedCache(lambda: now(probe.devices), fills=is_first(self.request))
+        with cache or nullcontext():
+            began = now(probe.devices)
+            backend, built, shapes = builder.build(self.request, cache)
+            seconds = now(probe.devices) - began
+            if cache is not None:
+                seconds -= cache.seconds_apart
+                cache.finish(seconds)
+                backend.notes += cache.notes
         host_peak = probe.process_peak_bytes()
         release_unused(probe.devices)
         self.channel.send("readings", readings=probe.read("loaded"))
@@ -159,6 +181,7 @@ class Run:
             "load_seconds": seconds,
             "host_peak_bytes": host_peak,
             "weights_digest": unquantized_digest(built),
+            **(cache.load if cache is not None else {}),
         })  # fmt: skip
 
     def _prove_stress(self, builder: Builder) -> None:
@@ -212,6 +235,7 @@ class Run:
         broken = non_finite_weights(loaded.built)
         self.telling.weights(broken)
         trainer = make_trainer(adapters, self.request, reader, probe.devices, backend.dtype)
+        trainer.tie = self.tie(adapters)
         trainer.watch = watch = Watch(
             adapters, loaded.built.layers, broken, probe.devices[0], trainer.dtype, fine=self.request.trace
         )

@@ -5,24 +5,33 @@ Runs that have a record already are skipped; Ctrl-C saves the interrupted run's 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from bench.ask.models import ResolvedModel
 from bench.ask.packing import packed_folder
 from bench.ask.plan import RunRequest
 from bench.ask.reference import reference_dtype, reference_file, reference_request
 from bench.load.registry import Entry
+from bench.record.preflight import Preflight
 from bench.record.schema import Record
 from bench.record.store import Store
 from bench.run.launch import Listener, run_one
 from bench.run.order import Order
+from bench.run.preflight import Examiner
+from bench.run.sources import Source
 
 
 class Watcher(Protocol):
     """What is told of a sweep while it goes (``bench.show.progress`` implements it)."""
+
+    def examining(self, cards: int) -> None:
+        """The cards that the runs use are looked at."""
+
+    def examined(self, preflight: Preflight) -> None:
+        """What was found about them."""
 
     def skipped(self, request: RunRequest) -> None:
         """A run that has a record already."""
@@ -39,16 +48,26 @@ class Sweep:
     """What a sweep needs."""
 
     requests: Sequence[RunRequest]
-    model: ResolvedModel
+    sources: Mapping[str, Source]
+    """Backend id -> where its runs have their model from."""
     entries: dict[str, Entry]
     store: Store
     memory_bytes: int | None = None
     """Of the device that runs; None: unknown."""
-    calibration_note: str | None = None
-    """Why packed checkpoints are not made as asked."""
     force: bool = False
     replay: bool = True
     """Whether failures are replayed (see `Order`)."""
+    examiner: Examiner = field(default_factory=Examiner)
+    """Looks at the cards before the first run."""
+
+    @property
+    def model(self) -> ResolvedModel:
+        """The model that was asked for; a published checkpoint of it where every backend reads one."""
+        return min(self.sources.values(), key=lambda source: source.calibration == "published").model
+
+    def obstacle(self, request: RunRequest) -> str | None:
+        """Why a run cannot even be started; None where nothing speaks against it."""
+        return self.sources[request.backend].obstacle or obstacle(request, self.entries[request.backend])
 
     def waiting(self) -> list[RunRequest]:
         """Runs that have no standing record yet, in order."""
@@ -56,17 +75,16 @@ class Sweep:
 
     def order(self, request: RunRequest) -> Order:
         """The job handed to a worker."""
-        folder = self.model.folder.resolve() if self.model.folder else None
-        packed, note = None, None
-        if request.calibration == "random":
-            note = self.calibration_note
-        elif request.calibration is not None:
-            packed, note = packed_folder(request, self.model).resolve(), self.calibration_note
+        source = self.sources[request.backend]
+        folder = source.model.folder.resolve() if source.model.folder else None
+        packed = None
+        if request.calibration not in (None, "random"):
+            packed = packed_folder(request, source.model).resolve()
         return Order(
             request=request,
             model_folder=folder,
             packed_folder=packed,
-            note=note,
+            note=source.note,
             replay=self.replay,
             **(_reference(request, self.memory_bytes) if request.fidelity else {}),
         )
@@ -86,17 +104,22 @@ def _reference(request: RunRequest, memory_bytes: int | None) -> dict[str, Any]:
 def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
     """Run what is waiting and yield every record of the sweep's requests, old ones included.
 
-    Raises KeyboardInterrupt after the interrupted run's record has been saved.
+    Before the first run on CUDA the cards are looked at; where a copy between them arrives changed, every
+    waiting run gets a record that says so. Raises KeyboardInterrupt after the interrupted run's record has
+    been saved.
     """
     waiting = {request.key: place for place, request in enumerate(sweep.waiting())}
+    able = [r for r in sweep.requests if r.key in waiting and sweep.obstacle(r) is None]
+    found = sweep.examiner.find(able, watcher)
     for request in sweep.requests:
         if request.key not in waiting:
             watcher.skipped(request)
             continue
-        entry = sweep.entries[request.backend]
-        reason = obstacle(request, entry)
+        reason = sweep.obstacle(request)
         if reason:
-            record = unavailable(request, reason)
+            record = not_started(request, "unavailable", reason)
+        elif found is not None and found.stopped:
+            record = not_started(request, "error", found.stopped)
         else:
             try:
                 record = run_one(
@@ -104,9 +127,11 @@ def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
                 )
             except KeyboardInterrupt as interruption:
                 for interrupted in interruption.args:
+                    interrupted = _with_preflight(interrupted, found)  # noqa: PLW2901
                     sweep.store.save(interrupted)
                     watcher.ended(interrupted)
                 raise
+        record = _with_preflight(record, found)
         sweep.store.save(record)
         watcher.ended(record)
         yield record
@@ -121,13 +146,17 @@ def obstacle(request: RunRequest, entry: Entry) -> str | None:
     return refused and f"placement '{request.placement}' is not possible with '{entry.id}': {refused}"
 
 
-def unavailable(request: RunRequest, reason: str) -> Record:
+def _with_preflight(record: Record, found: Preflight | None) -> Record:
+    return record.model_copy(update={"preflight": found}) if record.request.device == "cuda" else record
+
+
+def not_started(request: RunRequest, status: Literal["unavailable", "error"], reason: str) -> Record:
     """The record of a run that could not be started."""
     return Record(
         key=request.key,
         command=request.command,
         request=request,
-        status="unavailable",
+        status=status,
         stage="launch",
         message=reason,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),

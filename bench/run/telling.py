@@ -12,11 +12,13 @@ from bench.record.schema import LoraFacts, Proof, Quantization, WorkloadFacts
 from bench.record.stability import FirstFailure, StressedPair
 from bench.run.events import Channel
 from bench.run.order import Order
+from bench.run.ranks import BY_PROCESS, LAUNCHER
 
 if TYPE_CHECKING:
     from bench.load.contract import Backend, Shape
     from bench.load.lora import Adapters
     from bench.load.model import BuiltModel
+    from bench.run.sharding import Cut
     from bench.run.workload import WorkloadReader
 
 
@@ -31,6 +33,10 @@ class Telling:
         self.channel = channel
         self.order = order
         self.request = order.request
+        self.communication: str | None = None
+        """The backend between the processes of a run, where there are several."""
+        self.cut: Cut | None = None
+        """What was known of a model before it was cut over the processes."""
         self._proof = Proof()
         self._failure: FirstFailure | None = None
 
@@ -45,10 +51,12 @@ class Telling:
         calibration = manifest.calibration if manifest else "published" if packed else None
         if self.request.calibration == "random":
             calibration = "random"
-        counted = sum(
-            layer_bits(layer, shapes[name], backend.codes) * shapes[name].weights
-            for name, layer in layers.items()
+        bits = (
+            self.cut.bits
+            if self.cut
+            else {name: layer_bits(layer, shapes[name], backend.codes) for name, layer in layers.items()}
         )
+        counted = sum(bits[name] * shapes[name].weights for name in layers)
         expected = sum(backend.expected_bits(shape) * shape.weights for shape in shapes.values())
         self.channel.section(
             "quantization",
@@ -65,7 +73,8 @@ class Telling:
                 notes=(*backend.notes, *([self.order.note] if self.order.note else [])),
             ),
         )
-        self.prove(quantized=quantization_breaches(built, shapes, backend))
+        breaches = self.cut.breaches if self.cut else quantization_breaches(built, shapes, backend)
+        self.prove(quantized=breaches)
 
     def placement(self, built: BuiltModel) -> None:
         """Where the model's parts are, and the proof of it. Raises Breach where one is elsewhere."""
@@ -77,7 +86,16 @@ class Telling:
             PlaceFacts(device=place.label, decoder_layers=count)
             for place, count in zip(layout.places, counts, strict=True)
         ]
-        self.channel.section("placement", PlacementFacts(kind=self.request.placement, places=tuple(places)))
+        self.channel.section(
+            "placement",
+            PlacementFacts(
+                kind=self.request.placement,
+                places=tuple(places),
+                launcher=LAUNCHER if self.communication else None,
+                communication=self.communication,
+                wrapper=BY_PROCESS.get(self.request.placement),
+            ),
+        )
         self.prove(placed=misplaced(built.model, layout))
 
     def stress(self, pairs: Sequence[Pair], differences: Sequence[float] | None) -> None:

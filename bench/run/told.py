@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from bench.record.depths import DepthTimes, times_key
 from bench.record.schema import Memory, Record
 from bench.run.order import Order
 
@@ -22,6 +23,8 @@ class Told:
     message: str | None = None
     sections: dict[str, Any] = field(default_factory=dict)
     steps: list[Any] = field(default_factory=list)
+    depth_steps: list[Mapping[str, Any]] = field(default_factory=list)
+    """Events of ``bench.run.depths``: depth, round and step."""
     memory: dict[str, Any] = field(default_factory=lambda: {"readings": [], "bytes_by_kind": []})
 
     def take(self, event: Mapping[str, Any]) -> None:
@@ -33,6 +36,8 @@ class Told:
                 self.sections[event["name"]] = event["value"]
             case "step":
                 self.steps.append(event["step"])
+            case "depth_step":
+                self.depth_steps.append(event)
             case "readings":
                 self.memory["readings"] += event["readings"]
                 self.memory["phase_step"] = event.get("phase_step", self.memory.get("phase_step"))
@@ -92,6 +97,34 @@ def record_of(
         )
 
 
+def times_of(order: Order, told: Told, ending: Ending, started_at: str, wall_seconds: float) -> DepthTimes:
+    """What a worker that timed depths told, whatever became of it."""
+    turns = order.turns
+    assert turns is not None
+    status, message = outcome_of(order, told, ending, interrupted=False)
+    places = range(max((event["round"] + 1 for event in told.depth_steps), default=0))
+    steps = {(event["depth"], event["round"]): event["step"] for event in told.depth_steps}
+    seconds: dict[int, list[float | None]] = {depth: [None] * len(places) for depth in turns.depths}
+    losses: dict[int, list[float | None]] = {depth: [None] * len(places) for depth in turns.depths}
+    for (depth, place), step in steps.items():
+        seconds[depth][place] = step["seconds"]
+        losses[depth][place] = sum(map(float, step["losses"])) / len(step["losses"])
+    return DepthTimes.model_validate(
+        {
+            "key": times_key(order.request, turns),
+            "request": order.request,
+            "turns": turns,
+            "status": status,
+            "message": message,
+            "seconds": seconds,
+            "losses": losses,
+            "tokens_per_step": told.depth_steps[-1]["step"]["tokens"] if told.depth_steps else None,
+            "started_at": started_at,
+            "wall_seconds": wall_seconds,
+        }
+    )
+
+
 def _cut_short(order: Order, told: Told, ending: Ending, sections: dict[str, Any]) -> dict[str, Any]:
     """What the worker was looking into after its last step when it ended, with the reason why it is not
     finished. The run itself is complete."""
@@ -115,9 +148,14 @@ def outcome_of(order: Order, told: Told, ending: Ending, interrupted: bool) -> t
         return told.status, told.message
     if ending.timed_out:
         return "timeout", f"no result within {order.request.timeout_seconds:g} s"
-    if ending.exit_code is not None and ending.exit_code < 0:
-        number = -ending.exit_code
+    return "crashed", f"the worker {ended_in_words(ending.exit_code)}"
+
+
+def ended_in_words(exit_code: int | None) -> str:
+    """How a process ended that told no outcome. None: its exit code is not known."""
+    if exit_code is not None and exit_code < 0:
+        number = -exit_code
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = " (the system may have run out of memory)" if number == signal.SIGKILL else ""
-        return "crashed", f"the worker was ended by {name}{hint}"
-    return "crashed", f"the worker ended with code {ending.exit_code} and told no outcome"
+        return f"was ended by {name}{hint}"
+    return f"ended{'' if exit_code is None else f' with code {exit_code}'} and told no outcome"

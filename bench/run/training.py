@@ -8,8 +8,9 @@ raw for each micro-batch and the gradient norm before clipping; nothing filters 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
 from bench.record.schema import MemoryReading, Phase, Step
 from bench.run.watch import RandomState, Watch
 from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader
+
+if TYPE_CHECKING:
+    from bench.run.distributed import Tie
 
 
 @dataclass
@@ -40,6 +44,8 @@ class Trainer:
     scaler: torch.amp.GradScaler | None
     watch: Watch | None = None
     """None: nothing looks on, and the steps tell nothing of probes."""
+    tie: Tie | None = None
+    """None: this process trains alone."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -119,7 +125,10 @@ def one_step(
     losses = []
     for place, batch in enumerate(batches):
         last = place == len(batches) - 1
-        losses.append(micro_batch(trainer, batch, len(batches), memory if last else None, readings))
+        with trainer.tie.micro_batch(last=last) if trainer.tie else nullcontext():
+            losses.append(micro_batch(trainer, batch, len(batches), memory if last else None, readings))
+    if trainer.tie:
+        trainer.tie.average()
     # No gradient is owed where there was nothing to predict.
     if on_first_backward and any(batch.loss_tokens for batch in batches):
         paused = now(trainer.devices)
@@ -183,7 +192,8 @@ def micro_batch_loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
     with autocast:
         # A row without padding needs no mask, which keeps the fused causal kernels available.
         mask = batch.attention_mask.to(device) if trainer.request.workload.padding != "packed" else None
-        logits = trainer.adapters.model(input_ids=batch.input_ids.to(device), attention_mask=mask).logits
+        model = trainer.tie.model if trainer.tie else trainer.adapters.model
+        logits = model(input_ids=batch.input_ids.to(device), attention_mask=mask).logits
     labels = batch.labels[:, 1:].to(logits.device)
     return nn.functional.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL

@@ -66,14 +66,16 @@ def arrange_triage(asked: Asked, only: Sequence[str] = ()) -> TriagePlan:
     # First, so that --set can say otherwise.
     asked = replace(asked, settings=("fidelity=off", *asked.settings), repeats=1)
     arranged = arrange(asked)
-    (base,) = arranged.sweep.requests
+    sweep = arranged.sweep
+    (base,) = sweep.requests
     entries = find_backends()
     others: Mapping[str, RunRequest] = {}
     if wanted := tuple(name for name in OTHER_BACKENDS if name in entries and name != base.backend):
-        requests = arrange(replace(asked, backends=wanted)).sweep.requests
-        others = {request.backend: request for request in requests}
+        other = arrange(replace(asked, backends=wanted)).sweep
+        others = {request.backend: request for request in other.requests}
+        sweep = replace(sweep, sources={**other.sources, **sweep.sources})
     changes = _narrowed(find_changes(base, others), only)
-    return TriagePlan(arranged.sweep, base, changes, arranged.headline)
+    return TriagePlan(sweep, base, changes, arranged.headline)
 
 
 def _narrowed(changes: Sequence[Change], only: Sequence[str]) -> list[Change]:

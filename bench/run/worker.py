@@ -1,6 +1,6 @@
 """The child: one run in one fresh process, telling its parent everything as it happens.
 
-    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference]
+    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference | --depths | --preflight]
 
 Started by ``bench.run.launch``. The order of what follows matters: the environment is settled before
 torch is imported, unneeded quantization libraries are hidden before transformers and PEFT are.
@@ -12,31 +12,45 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.load.registry import foreign_libraries, get_backend
+from bench.run.card_checks import examine
+from bench.run.depths import DepthRun
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables, apply_settings, hide_packages
 from bench.run.order import Order
-from bench.run.stages import Run
+from bench.run.rank_run import RankChannel, RankRun, end_after_error
 from bench.run.telling import Breach
 
 
 def main(arguments: list[str]) -> int:
-    """Run the order. Returns the process's exit code: 0 whenever the outcome was told."""
+    """Run the order. Returns the process's exit code: 0 whenever the outcome was told. One of several
+    processes that has told an error ends with 1, so that their launcher ends the others."""
     order = Order.model_validate_json(Path(arguments[0]).read_text(encoding="utf-8"))
-    channel = Channel(int(arguments[1]))
+    # A descriptor of the parent's, or under torchrun the folder of the ranks' pipes.
+    together = not arguments[1].isdigit()
+    channel = RankChannel(Path(arguments[1])) if together else Channel(int(arguments[1]))
     _end_with_parent()
     apply_settings()
     watched = WatchedVariables()
     hide_packages(foreign_libraries(get_backend(order.request.backend).backend))
-    run = Run(order, channel, watched, scratch=Path(arguments[0]).parent)
-    work = {"--prepare": run.prepare, "--reference": run.make_reference}
+    kind = RankRun if together else DepthRun
+    run = kind(order, channel, watched, scratch=Path(arguments[0]).parent)
+    work: dict[str, Callable[[], None]] = {
+        "--prepare": run.prepare,
+        "--reference": run.make_reference,
+        "--depths": run.time,
+        "--preflight": lambda: examine(channel, order.request.device_count),
+    }
     try:
         work.get(arguments[-1], run.measure)()
     except Exception as error:  # noqa: BLE001 - whatever a library raises is this run's outcome
         traceback.print_exc()
         channel.send("outcome", status=_status_of(error), message=_message_of(error))
+        if together:
+            end_after_error()
     else:
         if arguments[-1] in work:
             channel.send("outcome", status="completed", message=None)

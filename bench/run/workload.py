@@ -13,13 +13,16 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from bench.ask.conversations import Message, read_conversations
 from bench.ask.experiment import Workload
 from bench.run.instructions import conversation
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 IGNORED_LABEL = -100
 """torch's cross_entropy leaves these targets out."""
@@ -47,6 +50,12 @@ class Batch:
     def loss_tokens(self) -> int:
         """Tokens that a loss is computed for (the first of a row has no prediction)."""
         return int((self.labels[:, 1:] != IGNORED_LABEL).sum())
+
+    def add_to(self, digest: Hash) -> None:
+        """Put shape, ids, labels and mask into a digest."""
+        digest.update(str(tuple(self.input_ids.shape)).encode())
+        for tensor in (self.input_ids, self.labels, self.attention_mask):
+            digest.update(tensor.numpy().tobytes())
 
 
 class Encoder(Protocol):
@@ -160,9 +169,7 @@ class WorkloadReader:
         return Batch(*(torch.tensor([r[part] for r in rows], dtype=torch.int64) for part in range(3)))
 
     def _count(self, batch: Batch) -> None:
-        self._digest.update(str(tuple(batch.input_ids.shape)).encode())
-        for tensor in (batch.input_ids, batch.labels, batch.attention_mask):
-            self._digest.update(tensor.numpy().tobytes())
+        batch.add_to(self._digest)
         self.tokens += batch.tokens
         self.loss_tokens += batch.loss_tokens
 

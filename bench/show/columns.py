@@ -177,6 +177,26 @@ def _brief_dtype(line: Line) -> str:
     return SHORT_DTYPES.get(effective, effective) + ("*" if changed_dtype(row) else "")
 
 
+def _load(line: Line) -> str:
+    """Loads that quantized; beside them those from the cache, which did less."""
+    made, read = (line.summary.figures.get(name) for name in ("load_seconds", "reload_seconds"))
+    if read is None:
+        return _spread(made, number)
+    again, _, its_range = _spread(read, number).rstrip(")").partition(" (")
+    if made is None:
+        return f"{again} (from cache{its_range and f', {its_range}'})"
+    first, _, range_of_it = _spread(made, number).rstrip(")").partition(" (")
+    beside = f"from cache {again}{its_range and f', {its_range}'}"
+    return f"{first} ({range_of_it and f'{range_of_it}; '}{beside})"
+
+
+def _brief_load(line: Line) -> str:
+    text = _load(line).replace("from cache", "cached").replace(")", "").replace(" to ", "–")  # noqa: RUF001
+    for sign in (" (", "; ", ", "):
+        text = text.replace(sign, "\n")
+    return text
+
+
 COLUMNS: tuple[Column, ...] = (
     Column("Backend", "backend", "how the base weights are stored", lambda line: line.summary.label),
     Column("Outcome", "outcome", "how the run ended, and in which stage", _outcome),
@@ -184,7 +204,14 @@ COLUMNS: tuple[Column, ...] = (
     _figure(
         "Bits/weight", "bits", "storage of the quantized layers, scales included", "storage_bits_per_weight"
     ),
-    _figure("Load (s)", "load\ns", "reading, quantizing and placing all weights", "load_seconds"),
+    Column(
+        "Load (s)",
+        "load\ns",
+        "reading, quantizing and placing all weights; from cache: reading them quantized",
+        _load,
+        "load_seconds",
+        _brief_load,
+    ),
     _figure("Step (s)", "step\ns", "median of the measured optimizer steps", "step_seconds_median"),
     _figure("Tokens/s", "tok/s", "non-padding tokens trained on in a second", "tokens_per_second"),
     _figure(

@@ -18,11 +18,13 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bench.judge.comparison import Comparison
+from bench.record.forecast import Forecast
 from bench.record.schema import Record
 from bench.record.triage import Triage
 from bench.show import stability_view
 from bench.show.columns import COLUMNS, MISSING, changed_dtype, gib, number, sections, words
 from bench.show.drawing import Plot
+from bench.show.fit_section import fit_section
 from bench.show.ladder import HEALS, evidence_in_words, rung_in_words
 from bench.show.margin import bits_in_words, dtype_in_words, ending_in_words
 from bench.show.page_facts import environment_facts, make_cell
@@ -56,14 +58,19 @@ FIGURES_OF = {
 """Place on the page -> its figures, in order."""
 
 
-def page(comparison: Comparison, drawn: Sequence[Plot] | None = None, triage: Triage | None = None) -> str:
+def page(
+    comparison: Comparison,
+    drawn: Sequence[Plot] | None = None,
+    triage: Triage | None = None,
+    forecast: Forecast | None = None,
+) -> str:
     """The page as HTML text.
 
     ``drawn``: its figures where they have been drawn already. ``triage``: of one of the runs, where there
-    was one.
+    was one. ``forecast``: of the whole model, where there is one.
     """
     css, script = _own("page.css"), _own("page.js")
-    figures = {plot.name: plot for plot in (plots(comparison) if drawn is None else drawn)}
+    figures = {plot.name: plot for plot in (plots(comparison, forecast) if drawn is None else drawn)}
     placed = {
         f"{place}_figures": [figures[n] for n in names if n in figures] for place, names in FIGURES_OF.items()
     }
@@ -99,6 +106,7 @@ def page(comparison: Comparison, drawn: Sequence[Plot] | None = None, triage: Tr
             margins=margins_of(comparison),
             margin_words=SimpleNamespace(bits=bits_in_words, dtype=dtype_in_words, ending=ending_in_words),
             triage=triage,
+            fit=fit_section(comparison, forecast, figures),
             rung_words=SimpleNamespace(heals=HEALS, rung=rung_in_words, evidence=evidence_in_words),
             **placed,
         )

@@ -11,6 +11,7 @@ from bench.judge.groups import FIGURES
 from bench.judge.rows import Row
 from bench.show.columns import Column, Line, gib
 from bench.show.page_top import count
+from bench.show.preflight import preflight_facts
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def environment_facts(rows: Sequence[Row]) -> list[Fact]:
 
 
 def _environment_of(row: Row) -> Iterable[tuple[str, str]]:
+    yield from preflight_facts(row.record.preflight)
     environment = row.record.environment
     if environment is None:
         return

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench.ask.plan import RunRequest
+from bench.record.preflight import Preflight
 from bench.record.schema import Record
+from bench.show.preflight import describe_preflight
 
 Listener = Callable[[Mapping[str, Any]], None]
 """Takes the events of one run (``bench.run.events``)."""
@@ -53,6 +55,17 @@ class Display:
     ) -> None:
         if self._live:
             self._progress.stop()
+
+    def examining(self, cards: int) -> None:
+        """The cards are looked at."""
+        self._say(f"looking at {cards} {'card' if cards == 1 else 'cards'} before the first run")
+
+    def examined(self, preflight: Preflight) -> None:
+        """What was found about them, and one line for every warning."""
+        if preflight.status == "completed":  # else the first warning says why not
+            self._say(describe_preflight(preflight))
+        for warning in preflight.warnings:
+            self._say(f"warning: {warning}")
 
     def skipped(self, request: RunRequest) -> None:
         """A run that has a record already."""
@@ -104,6 +117,12 @@ class Display:
 class Silent:
     """Watches a sweep and says nothing."""
 
+    def examining(self, cards: int) -> None:
+        """Nothing."""
+
+    def examined(self, preflight: Preflight) -> None:
+        """Nothing."""
+
     def skipped(self, request: RunRequest) -> None:
         """Nothing."""
 
@@ -132,5 +151,6 @@ def describe_end(record: Record) -> str:
         measured = [step for step in record.steps if not step.warmup]
         seconds = sum(step.seconds for step in measured)
         speed = f"{sum(step.tokens for step in measured) / seconds:,.0f} tokens/s, " if seconds else ""
-        return f"{name}: completed in {record.wall_seconds:.0f} s, {speed}{len(record.steps)} steps"
+        cached = ", loaded from cache" if record.load and record.load.from_cache else ""
+        return f"{name}: completed in {record.wall_seconds:.0f} s, {speed}{len(record.steps)} steps{cached}"
     return f"{name}: {record.status.replace('_', ' ')} in stage {record.stage}: {record.message}"

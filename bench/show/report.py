@@ -1,7 +1,7 @@
 """The report as files: a page, Markdown, CSV, and each figure by itself.
 
-``write_report(comparison, folder)`` writes them all, each whole or not at all. A triage that stands in the
-folder is part of the report.
+``write_report(comparison, folder)`` writes them all, each whole or not at all. A triage and a forecast that
+stand in the folder are part of the report.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.judge.comparison import Comparison
+from bench.record.forecast import read_forecast
 from bench.record.store import write_atomically
 from bench.record.triage import read_triage
 from bench.show.page import page
@@ -30,13 +31,13 @@ class ReportFiles:
 def write_report(comparison: Comparison, folder: Path) -> ReportFiles:
     """Write report.html, report.md, report.csv and plots/*.svg into ``folder``, created if need be.
 
-    Raises BrokenFile where ``folder`` holds a triage.json that is none.
+    Raises BrokenFile where ``folder`` holds a triage.json or a forecast.json that is none.
     """
-    drawn = plots(comparison)
-    triage = read_triage(folder)
+    triage, forecast = read_triage(folder), read_forecast(folder)
+    drawn = plots(comparison, forecast)
     return ReportFiles(
-        html=write_atomically(folder / "report.html", page(comparison, drawn, triage)),
-        markdown=write_atomically(folder / "report.md", markdown(comparison, triage)),
+        html=write_atomically(folder / "report.html", page(comparison, drawn, triage, forecast)),
+        markdown=write_atomically(folder / "report.md", markdown(comparison, triage, forecast)),
         csv=write_atomically(folder / "report.csv", csv(comparison)),
         plots=tuple(
             write_atomically(folder / "plots" / f"{plot.name}.svg", plot.standalone) for plot in drawn

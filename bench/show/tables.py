@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from bench.judge.comparison import Comparison
 from bench.judge.rows import Row, largest
 from bench.judge.scaler import spelt
+from bench.record.forecast import Forecast
 from bench.record.triage import Triage
 from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
+from bench.show.fit_markdown import fit_blocks
 from bench.show.stability_markdown import stability_blocks
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ def _style(column: Column, line: Line) -> str:
 # ---- Markdown ------------------------------------------------------------------------------------
 
 
-def markdown(comparison: Comparison, triage: Triage | None = None) -> str:
-    """The report as Markdown: one table for each section, then failures, stability, warnings."""
+def markdown(comparison: Comparison, triage: Triage | None = None, forecast: Forecast | None = None) -> str:
+    """The report as Markdown: one table for each section, then failures, stability, what fits, warnings."""
     import pandas
 
     blocks = []
@@ -97,6 +99,7 @@ def markdown(comparison: Comparison, triage: Triage | None = None) -> str:
     failed = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
     blocks += _bullets("Why they did not complete", failed)
     blocks += stability_blocks(comparison, triage, escaped)
+    blocks += fit_blocks(comparison, forecast, escaped)
     blocks += _bullets("To keep in mind", comparison.warnings)
     return "\n\n".join(blocks) + "\n"
 
@@ -127,7 +130,18 @@ DERIVED = (
     "gradient_cosine",
 )  # fmt: skip
 RECORDED: Mapping[str, tuple[str, ...]] = {
-    "load": ("import_seconds", "prepare_seconds", "load_seconds", "attach_seconds", "host_peak_bytes"),
+    "load": (
+        "import_seconds",
+        "prepare_seconds",
+        "load_seconds",
+        "from_cache",
+        "quantize_seconds",
+        "reload_seconds",
+        "cache_write_seconds",
+        "cache_bytes",
+        "attach_seconds",
+        "host_peak_bytes",
+    ),
     "quantization": ("storage_bits_per_weight", "expected_bits_per_weight", "kernel", "effective_dtype"),
 }
 """Part of the record -> its fields that have a column."""
@@ -168,6 +182,11 @@ def _fields(row: Row, comparison: Comparison) -> Iterator[tuple[str, object]]:
     yield "peak_memory_measure", row.peak_by_device[0].measure if row.peak_by_device else None
     peaks = [f"{peak.device}={peak.peak_bytes}" for peak in row.peak_by_device]
     yield "peak_memory_bytes_by_device", ";".join(peaks) or None
+    devices = record.environment.devices if record.environment else ()
+    sizes = [
+        f"{one.device}={one.total_memory_bytes}" for one in devices if one.total_memory_bytes is not None
+    ]
+    yield "total_memory_bytes_by_device", ";".join(sizes) or None
     yield "stability", row.verdict.verdict
     yield "stability_reason", row.verdict.reason
     failure = record.first_failure
