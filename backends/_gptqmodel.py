@@ -23,6 +23,12 @@ GROUP_SIZES = {"cpu": (32, 64, 128), "cuda": (16, 32, 64, 128)}
 """What the trainable kernels take: the CPU's ATen kernel starts at 32."""
 
 
+NOT_CUT = (
+    "gptqmodel keeps packed weights in buffers, and FSDP cuts parameters alone: each card would hold all"
+)
+"""Why FSDP is refused."""
+
+
 class PackedOptions(Options):
     """Options of a 4-bit checkpoint."""
 

@@ -31,6 +31,7 @@ class Awq(PackedBackend):
     """AWQ 4-bit asymmetric, groups of 128, out of a pre-quantized checkpoint (gptqmodel)."""
 
     variants = {"awq": shared.PackedOptions()}
+    refused_placements = {"fsdp": shared.NOT_CUT}
     requires = ("gptqmodel", "optimum")
     extra = "awq"
     codes = ("qweight",)

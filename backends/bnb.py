@@ -175,6 +175,10 @@ class Int8(Backend):
     """bitsandbytes LLM.int8(): int8 weights per output row, activations quantized in forward too."""
 
     variants = {"bnb-int8": EightBit()}
+    refused_placements = {
+        "fsdp": "bitsandbytes keeps its codes and scales on a parameter class of its own (Int8Params), "
+        "which FSDP replaces by a plain parameter"
+    }
     requires = ("bitsandbytes",)
     extra = "bnb"
     uncached = None

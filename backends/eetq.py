@@ -32,6 +32,7 @@ class Eetq(Backend):
     """EETQ int8 per output channel, W8A16: native CUDA kernel where installed, else a portable one."""
 
     variants = {"eetq": EetqOptions()}
+    refused_placements = {}
     extra = "eetq"
     codes = ("weight",)
     uncached = None

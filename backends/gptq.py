@@ -24,6 +24,7 @@ class Gptq(PackedBackend):
     """GPTQ 4-bit symmetric, groups of 128, out of a pre-quantized checkpoint (gptqmodel)."""
 
     variants = {"gptq": shared.PackedOptions()}
+    refused_placements = {"fsdp": shared.NOT_CUT}
     requires = ("gptqmodel", "optimum")
     extra = "gptq"
     codes = ("qweight",)

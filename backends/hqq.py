@@ -40,6 +40,7 @@ class Hqq(Backend):
     """HQQ 4-bit in groups of 64, zero points found by its half-quadratic solver, no calibration data."""
 
     variants = {"hqq": HqqOptions()}
+    refused_placements = {}
     requires = ("hqq",)
     extra = "hqq"
     codes = ("W_q",)
@@ -49,6 +50,8 @@ class Hqq(Backend):
 
     def fit(self, shapes: Sequence[Shape]) -> None:
         """Replace a group size that does not divide the input features."""
+        if not self.options.optimize:
+            self.notes.append("zero points are rounded to nearest: the half-quadratic solver is off")
         wanted = self.options.group_size
         group = largest_dividing_group(shapes, wanted, [8, 16, 32, 64, 128, 256, 512, 1024])
         if group is None:
@@ -93,8 +96,8 @@ class Hqq(Backend):
         packing = Quantizer.bit_to_packing[options.bits]
         meta = {
             "nbits": options.bits,
-            "group_size": 64,
-            "axis": 1,
+            "group_size": options.group_size,
+            "axis": options.axis,
             "shape": torch.Size((layer.shape.out_features, layer.shape.in_features)),
             "scale": tensors["scale"],
             "zero": tensors["zero"],

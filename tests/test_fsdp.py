@@ -10,6 +10,7 @@ import torch
 
 from bench.ask.plan import RunRequest
 from bench.load.registry import find_backends
+from bench.probe.memory import bytes_by_kind
 from bench.record.schema import Record
 from tests.command import Command
 from tests.rig import TINY, Rig, ask, quiet, settled
@@ -30,7 +31,7 @@ CASES: dict[str, RunRequest] = {
     "accumulation": ask("bnb-nf4", work={"gradient_accumulation_steps": 3}, **FSDP),
     "padded": ask(work={"micro_batch_size": 2, "padding": "right"}, **FSDP),
     "reentrant": ask("bnb-nf4", checkpointing="reentrant", **FSDP),
-    "not checkpointed": ask("bnb-nf4", checkpointing="none", **FSDP),
+    **{f"{name} not checkpointed": ask(name, checkpointing="none", **FSDP) for name in ABLE},
     "float16": ask("bnb-nf4-dq", dtype="float16", **FSDP),
 }
 
@@ -62,22 +63,19 @@ def test_what_is_gathered_is_what_was_cut(found: dict[str, list[Any]], name: str
 @quiet
 @pytest.mark.parametrize("name", [*ABLE, "untied"])
 def test_each_rank_holds_half_of_the_frozen_bytes(found: dict[str, list[Any]], name: str) -> None:
-    """Exactly: the shapes divide by two. Whole on every rank are what is no parameter (scales, tables, the
-    rotary buffer), and the adapters with what belongs to them."""
+    """Exactly: the shapes divide by two. Whole on every rank are what is no parameter (scales, tables, HQQ's
+    biases, the rotary buffer), and the adapters with what belongs to them."""
     request = CASES[name]
     rig = Rig(request.model_copy(update={"placement": "single", "device_count": 1}))
     rig.train()
-    from bench.probe.memory import bytes_by_kind
-
     assert rig.trainer
     (whole,) = bytes_by_kind(rig.built, rig.backend, rig.adapters.tensors, rig.trainer.optimizer, {})
-    buffers = sum(b.untyped_storage().nbytes() for n, b in rig.built.model.named_buffers() if "rotary" in n)
-    assert buffers > 0
+    cut = sum(p.nbytes for p in rig.built.model.parameters() if not p.requires_grad) - whole.quantized_weights
     for rank in found[name]:
         kinds = rank["kinds"]
         assert kinds["quantized_weights"] * RANKS == whole.quantized_weights
         assert kinds["quantization_metadata"] == whole.quantization_metadata
-        assert (kinds["unquantized_weights"] - buffers) * RANKS == whole.unquantized_weights - buffers
+        assert kinds["unquantized_weights"] == whole.unquantized_weights - cut // RANKS
         assert kinds["lora"] == whole.lora
         assert kinds["optimizer_state"] == whole.optimizer_state
 

@@ -147,7 +147,7 @@ def test_a_split_run_records_every_place(tmp_path: Path) -> None:
         (("--placement", "single", "--device-count", "2"), "a single placement has one device"),
         (("--placement", "split", "--device-count", "1"), "needs two devices or more"),
         (("--placement", "spilt"), "did you mean 'split'?"),
-        (("--placement", "fsdp", "--backend", "hqq"), "--placement fsdp is not possible with hqq"),
+        (("--placement", "fsdp", "--backend", "awq"), "--placement fsdp is not possible with awq"),
     ],
 )
 def test_a_placement_that_cannot_be_is_one_line(tmp_path: Path, flags: tuple[str, ...], said: str) -> None:

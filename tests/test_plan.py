@@ -221,3 +221,13 @@ def test_another_calibration_is_another_run(tmp_path):
         for how in ("rtn", "calibrated")
     }
     assert len(keys) == 2
+
+
+def test_hqqs_solver_is_off_for_large_synthetic_weights_unless_it_is_asked_for():
+    (large,) = dry_run("--preset", "qwen2-72b", "--weights", "synthetic", "--backend", "hqq")
+    assert large.options["optimize"] is False
+    (asked,) = dry_run("--preset", "qwen2-72b", "--backend", "hqq", "--set", "hqq.optimize=true")
+    assert asked.options["optimize"] is True
+    (small,) = dry_run("--preset", "proxy", "--backend", "hqq")
+    assert small.options["optimize"] is True
+    assert again(large) == large

@@ -33,6 +33,8 @@ class Preset(Frozen):
     """How packed formats of synthetic weights come to be where --calibration does not say."""
     published: Mapping[str, str] = Field(default_factory=dict)
     """Quantization method -> checkpoint of this model that is published packed so: a Hub id or a folder."""
+    synthetic_options: Mapping[str, Mapping[str, Any]] = Field(default_factory=dict)
+    """Backend id -> options where its weights are synthetic, unless others are asked for."""
     needs_cuda_gib: float | None = Field(default=None, gt=0)
     """Memory of the cards that hold it in 4 bit, together; None: runs on a CPU."""
 

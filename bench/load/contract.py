@@ -92,7 +92,7 @@ class Backend(ABC):
     """Whether PEFT's LoRA layer on top casts its input to the adapter's dtype under autocast too, so that
     each projection keeps a copy of its own. All do, but those written for HQQ and AWQ layers."""
     refused_placements: ClassVar[Mapping[Placement, str]] = {
-        "fsdp": "FSDP cuts and gathers plain floating-point parameters, which its packed ones are not"
+        "fsdp": "its adapter does not say that its layers can be cut over processes and gathered again"
     }
     """Placements that it cannot be trained in, with the reason."""
     uncached: ClassVar[str | None] = "its adapter does not say how a quantized layer is stored"

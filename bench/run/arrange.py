@@ -5,7 +5,7 @@ Every check that needs no measurement is here, so that bad input ends before any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.packing import CALIBRATIONS
 from bench.ask.placement import count_devices
-from bench.ask.plan import plan
+from bench.ask.plan import ModelRequest, plan
 from bench.ask.preset import AUTOMATIC, Preset, choose_preset, load_preset
 from bench.ask.stress import parse_stress, resolve_stress
 from bench.errors import BadValue, unknown
@@ -89,10 +89,6 @@ def arrange(asked: Asked) -> Arranged:
         raise unknown("calibration", asked.calibration, CALIBRATIONS)
     entries = find_backends()
     experiment, preset, why = _experiment(asked, entries)
-    backend_options = {
-        name: entries[name].options(experiment.options.get(name, {})).model_dump(mode="json")
-        for name in experiment.backends
-    }
     digest = None
     if experiment.workload.data is not None:
         read_conversations(Path(experiment.workload.data))
@@ -110,7 +106,10 @@ def arrange(asked: Asked) -> Arranged:
         device=device,
         device_count=device_count,
         cpu_threads=experiment.cpu_threads or usable_cores(),
-        options=backend_options,
+        options={
+            name: entries[name].options(_options(name, experiment, preset, models)).model_dump(mode="json")
+            for name in experiment.backends
+        },
         data_digest=digest,
         calibrations={name: source.calibration for name, source in sources.items()},
         libraries={name: entries[name].backend.requires for name in experiment.backends},
@@ -132,6 +131,17 @@ def arrange(asked: Asked) -> Arranged:
         f"{len(requests)} runs of {experiment.workload.steps} steps"
     )
     return Arranged(sweep, headline)
+
+
+def _options(
+    backend: str, experiment: Experiment, preset: Preset, models: Mapping[str, ModelRequest]
+) -> dict[str, Any]:
+    """The options of a backend: what was asked for, over what the preset has for synthetic weights."""
+    synthetic = models[backend].weights == "synthetic"
+    return {
+        **(preset.synthetic_options.get(backend, {}) if synthetic else {}),
+        **experiment.options.get(backend, {}),
+    }
 
 
 def _models_in_words(sweep: Sweep) -> str:
