@@ -59,6 +59,11 @@ class Hqq(Backend):
         if group != wanted:
             self.notes.append(f"group size {group} instead of {wanted}, which does not divide every layer")
             self.options = self.options.model_copy(update={"group_size": group})
+        if self.options.optimize and any(self._in_pieces(shape.weights) for shape in shapes):
+            self.notes.append(
+                f"layers of more than {_blocks.WEIGHTS_AT_ONCE} weights are quantized in pieces on a CPU, "
+                "and the solver ends in each by the piece's mean error instead of the layer's"
+            )
         packed = 8 // self.options.bits
         if self.options.axis == 1 and any(shape.weights // group % packed for shape in shapes):
             raise ValueError(
@@ -73,13 +78,18 @@ class Hqq(Backend):
         HQQLinear.set_backend(HQQBackend.PYTORCH)
         config = self._config()
         weight = layer.tensors["weight"].to(layer.device)
-        if self.options.axis == 1 and weight.numel() > _blocks.WEIGHTS_AT_ONCE and layer.device.type == "cpu":
+        if self._in_pieces(weight.numel()):
             return self._layer(layer, *_quantize_in_blocks(weight, config["weight_quant_params"]))
         dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         dense.weight = torch.nn.Parameter(weight, requires_grad=False)
         built = HQQLinear(dense, config, compute_dtype=layer.dtype, device=str(layer.device))
         built.bias = layer.bias
         return built  # type: ignore[no-any-return]
+
+    def _in_pieces(self, weights: int) -> bool:
+        """Whether a layer is too large for hqq's temporaries of several times its float32 size. On CUDA its
+        solver computes in float16 and in the card's memory."""
+        return self.device == "cpu" and self.options.axis == 1 and weights > _blocks.WEIGHTS_AT_ONCE
 
     def store(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         """Packed codes, and a scale and a zero for each group in the compute dtype."""

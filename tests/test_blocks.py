@@ -108,6 +108,22 @@ def test_hqq_with_its_solver_is_nearly_what_hqq_makes_of_the_whole(monkeypatch):
     assert error[2] > 1.003 * error[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "device", "shape", "said"),
+    [
+        ({}, "cpu", Shape(29568, 8192), True),
+        ({}, "cpu", Shape(4864, 896), False),
+        ({"optimize": False}, "cpu", Shape(29568, 8192), False),
+        ({"axis": 0}, "cpu", Shape(29568, 8192), False),
+        ({}, "cuda", Shape(29568, 8192), False),
+    ],
+)
+def test_hqq_says_where_its_solver_works_in_pieces(options, device, shape, said):
+    made = get_backend("hqq").create(options, device, "bfloat16")
+    made.fit([shape])
+    assert any("in pieces on a CPU" in note for note in made.notes) == said
+
+
 def test_pieces_cover_every_weight_once_and_none_is_large():
     weight = torch.empty(29568, 8192, device="meta")
     rows = list(_blocks.row_blocks(weight))

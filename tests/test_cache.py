@@ -19,13 +19,14 @@ import backends._blocks
 from bench.ask.plan import RunRequest
 from bench.ask.quantized_cache import MANIFEST, QuantizedKey
 from bench.judge.comparison import compare
-from bench.load import cache as caching
-from bench.load.cache import BrokenCache, ModelWriter, QuantizedCache, StoredModel, checksum, key_of
+from bench.load import stored_model
+from bench.load.cache import QuantizedCache, key_of
 from bench.load.contract import Backend
 from bench.load.lora import attach
 from bench.load.model import DTYPES, unquantized_digest
 from bench.load.proof import layer_bits, quantization_breaches
 from bench.load.registry import get_backend
+from bench.load.stored_model import BrokenCache, ModelWriter, StoredModel, checksum
 from bench.record.store import read_record
 from bench.run.building import Builder
 from bench.run.isolation import WatchedVariables
@@ -154,7 +155,7 @@ def test_a_model_spread_over_places_reads_what_one_place_wrote(monkeypatch: pyte
 
 
 def test_many_shards_are_read_like_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(stored_model, "SHARD_BYTES", 20_000)
     first, writing = cached(ask("bnb-int8"))
     files = sorted(folder.glob("*/*.safetensors"))
     assert len(files) > 5
@@ -314,14 +315,14 @@ def test_every_changed_byte_changes_the_checksum(count: int) -> None:
 
 KILLED = """
 import os, signal, torch
-from bench.load.cache import ModelWriter, QuantizedCache
-from bench.load.registry import get_backend
+from bench.load.cache import QuantizedCache
+from bench.load.stored_model import ModelWriter
 from bench.run.building import Builder
 from bench.run.isolation import WatchedVariables
 from bench.run.order import Order
 from tests.rig import Kept, ask
-import bench.load.cache
-bench.load.cache.SHARD_BYTES = 10_000
+import bench.load.stored_model
+bench.load.stored_model.SHARD_BYTES = 10_000
 plain = ModelWriter.add
 def add(self, layer, tensors):
     plain(self, layer, tensors)
@@ -383,7 +384,7 @@ def test_a_full_disk_costs_the_run_nothing_but_the_cache(
         raise OSError(28, "No space left on device")
 
     plain = built(ask("bnb-nf4"), None)
-    monkeypatch.setattr(caching, "save_file", full)
+    monkeypatch.setattr(stored_model, "save_file", full)
     first, cache = cached(ask("bnb-nf4"))
     same(plain, first)
     (note,) = cache.notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -13,9 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
+from bench.ask.experiment import Placement
+from bench.load.registry import find_backends
 from bench.run.ranks import Ranks
 from bench.run.told import Told
-from tests.command import Command
+from tests.command import ROOT, Command
 
 MODULE = '''
 """Backends of which one process in two fails on purpose."""
@@ -119,9 +122,9 @@ def test_no_process_is_left(failed: dict[str, dict[str, Any]], unruly: Command) 
 
 def test_a_hanging_rank_times_out(unruly: Command, out: Path) -> None:
     (body,) = unruly.json("run", "--preset", "tiny", "--backend", "unruly-hangs-in-load", *DDP,
-                          "--timeout-seconds", "60", "--out", out)  # fmt: skip
+                          "--timeout-seconds", "45", "--out", out)  # fmt: skip
     assert (body["status"], body["stage"]) == ("timeout", "load")
-    assert "60 s" in body["message"]
+    assert "45 s" in body["message"]
     assert "rank 1 in load" in body["message"]
     assert list(processes_of(unruly)) == []
 
@@ -161,6 +164,17 @@ def until(holds: Callable[[], bool], seconds: float) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_the_readme_says_which_backend_allows_which_placement() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| backend | `split` | `ddp` | `fsdp` |\n")[2].partition("\n\n")[0]
+    said = [re.findall(r"[\w-]+", row) for row in table.splitlines()[1:]]
+    placements: tuple[Placement, ...] = ("split", "ddp", "fsdp")
+    assert sorted(said) == sorted(
+        [name, *("no" if kind in entry.backend.refused_placements else "yes" for kind in placements)]
+        for name, entry in find_backends().items()
+    )
 
 
 # ---- merging, without processes -------------------------------------------------------------------

@@ -16,12 +16,12 @@ from torch import nn
 from bench.ask.models import read_config
 from bench.ask.plan import RunRequest
 from bench.ask.stress import resolve_stress
-from bench.load.cache import BrokenCache
 from bench.load.contract import PackedBackend
 from bench.load.layout import Layout, Place, spread_layout
 from bench.load.lora import attach
 from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
 from bench.load.registry import get_backend
+from bench.load.stored_model import BrokenCache
 from bench.load.stress import StressedWeights
 from bench.load.weights import CheckpointWeights, RandomCodes, SyntheticWeights
 from bench.run.attention import choose_kernel, implementation

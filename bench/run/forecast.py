@@ -133,7 +133,7 @@ def arrange_forecast(
     headline = (
         f"forecast of {first.model.name} at {full_layers} layers from {', '.join(map(str, depths))}: "
         f"{first.model.weights} weights, on {first.device}; {runs} runs of {steps} steps, and for each "
-        f"backend and repeat {warmup_rounds + rounds} rounds of steps in turns"
+        f"backend and repeat {warmup_rounds} + {rounds} rounds of steps in turns"
     )
     return ForecastPlan(
         sweep=ReturningSweep.of(whole.sweep, folder / SLICES_FOLDER),

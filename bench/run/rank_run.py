@@ -33,7 +33,10 @@ class RankChannel(Channel):
 
     def __init__(self, folder: Path) -> None:
         path = pipe_of(folder, int(os.environ["RANK"]))
-        super().__init__(os.open(path, os.O_WRONLY))
+        # Without O_NONBLOCK this would wait for ever for a parent that is gone already.
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        super().__init__(descriptor)
         self.send("rank", pid=os.getpid())
 
     def send(self, event: str, **content: Any) -> None:
@@ -59,6 +62,8 @@ class RankRun(DepthRun):
         self.telling.communication = self.rank.join(self.request)
         loaded = super()._load(builder, probe, import_seconds)
         self.telling.cut = getattr(builder, "cut", None)
+        if self.telling.cut is not None:
+            loaded.facts["load_seconds"] -= self.telling.cut.seconds_apart
         self._prove_gathered()
         return loaded
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class Cut:
         """Linear layer -> storage bits per weight, counted while it was whole."""
         self.breaches: list[str] = []
         """Layers whose bits were not those of the arithmetic."""
+        self.seconds_apart = 0.0
+        """Spent on digests and counts before cutting: no part of the load."""
         self._model, self._backend, self._mesh = model, backend, mesh
         self._shapes = linear_shapes(model)
         self._waiting = _by_decoder_layer(list(self._shapes))
@@ -59,7 +62,9 @@ class Cut:
         complete = set(list(self._shapes)[:done])
         for layer, linears in list(self._waiting.items()):
             if complete.issuperset(linears):
+                began = time.perf_counter()
                 self._count(linears)
+                self.seconds_apart += time.perf_counter() - began
                 self._cut(layer)
                 del self._waiting[layer]
 
@@ -92,7 +97,9 @@ class Cut:
 
     def _cut(self, layer: str) -> None:
         module = self._model.get_submodule(layer)
+        began = time.perf_counter()
         self._whole[layer] = _digests(module)
+        self.seconds_apart += time.perf_counter() - began
         attributes = {name: dict(vars(p)) for name, p in module.named_parameters()}
         # The root too is gathered again for its backward: head and embedding of a large model are gigabytes.
         fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
