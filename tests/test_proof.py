@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bench.load.contract import Backend, Layer, Options, Shape
+from bench.load.layout import Layout
 from bench.load.model import BuiltModel
 from bench.load.proof import (
     StorageCount,
@@ -59,7 +60,7 @@ class EightBits(Backend):
 def breaches(layer):
     model = nn.ModuleDict({"q": layer})
     return quantization_breaches(
-        BuiltModel(model, ("q",)), {"q": SHAPE}, EightBits(Options(), "cpu", "bfloat16")
+        BuiltModel(model, ("q",), Layout.on(torch.device("cpu"))), {"q": SHAPE}, EightBits(Options(), "cpu", "bfloat16")
     )
 
 

@@ -209,4 +209,5 @@ def _peak_names(repeats: Sequence[Repeat]) -> list[str]:
 
 
 def _load_seconds(record: Record) -> Read:
-    return {"load": record.load.load_seconds if record.load else None}
+    # A load from the cache is another quantity: nothing was quantized.
+    return {"load": record.load.load_seconds if record.load and not record.load.from_cache else None}

@@ -46,7 +46,14 @@ def merged_proof(proofs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def merged_load(loads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of the rank that took longest, and of the process that held most."""
-    names = ("load_seconds", "attach_seconds", "host_peak_bytes")
+    names = (
+        "load_seconds",
+        "attach_seconds",
+        "host_peak_bytes",
+        "quantize_seconds",
+        "reload_seconds",
+        "cache_write_seconds",
+    )
     return {**loads[0], **{name: highest([load.get(name) for load in loads]) for name in names}}
 
 

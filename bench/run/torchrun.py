@@ -122,8 +122,8 @@ def launcher_command(folder: Path, count: int, program: list[str]) -> list[str]:
 
 
 def network() -> dict[str, str]:
-    """Variables that name the interface of the loopback address, by name: gloo and NCCL would otherwise ask for the host's name,
-    which a container may not resolve."""
+    """Variables that name the interface of the loopback address: gloo and NCCL would otherwise ask for the
+    host's name, which a container may not resolve."""
     names = [
         name
         for name, addresses in psutil.net_if_addrs().items()
