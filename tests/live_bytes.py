@@ -116,7 +116,7 @@ def _trainer(case: dict[str, Any]) -> tuple[Any, Any]:
     from bench.load.lora import attach
     from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
     from bench.load.registry import get_backend
-    from bench.load.weights import SyntheticWeights
+    from bench.load.weights import CPU, SyntheticWeights
     from bench.run.attention import choose_kernel, implementation
     from bench.run.training import enable_checkpointing, make_trainer
     from bench.run.workload import HashEncoder, WorkloadReader
@@ -134,7 +134,7 @@ def _trainer(case: dict[str, Any]) -> tuple[Any, Any]:
         def __contains__(self, name: str) -> bool:
             return True
 
-        def tensor(self, name: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+        def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
             owner, _, part = name.rpartition(".")
             if owner not in shapes or part == "bias":
                 return dense.tensor(name)

@@ -60,7 +60,9 @@ class EightBits(Backend):
 def breaches(layer):
     model = nn.ModuleDict({"q": layer})
     return quantization_breaches(
-        BuiltModel(model, ("q",), Layout.on(torch.device("cpu"))), {"q": SHAPE}, EightBits(Options(), "cpu", "bfloat16")
+        BuiltModel(model, ("q",), Layout.on(torch.device("cpu"))),
+        {"q": SHAPE},
+        EightBits(Options(), "cpu", "bfloat16"),
     )
 
 

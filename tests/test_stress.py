@@ -175,7 +175,7 @@ def test_a_bias_that_is_added_after_the_product_stays() -> None:
         def __contains__(self, name: str) -> bool:
             return True
 
-        def tensor(self, name: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+        def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
             return torch.ones(2)
 
     pairs = [
@@ -202,7 +202,7 @@ def test_of_a_packed_layer_the_scales_are_rescaled_and_the_codes_are_not() -> No
         def __contains__(self, name: str) -> bool:
             return name in self.tensors
 
-        def tensor(self, name: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+        def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
             return self.tensors[name]
 
     dialled = StressedWeights(Packed(), [Pair("a.up_proj", "a.down_proj", 16.0)])

@@ -13,7 +13,7 @@ from bench.load.contract import Layer, Shape
 from bench.load.layout import Layout
 from bench.load.model import build_model, skeleton
 from bench.load.registry import find_backends, foreign_libraries
-from bench.load.weights import SyntheticWeights
+from bench.load.weights import CPU, SyntheticWeights
 
 ARCHITECTURE = load_preset("tiny").architecture or {}
 
@@ -25,7 +25,7 @@ def test_no_more_than_one_dense_layer_is_held_while_loading(backend: str) -> Non
     most = 0
 
     class Watched(SyntheticWeights):
-        def tensor(self, name: str, device: torch.device = torch.device("cpu")) -> torch.Tensor:
+        def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
             nonlocal most
             most = max(most, sum(reference() is not None for reference in alive))
             drawn = super().tensor(name, device)
