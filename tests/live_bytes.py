@@ -132,7 +132,7 @@ def _trainer(case: dict[str, Any]) -> tuple[Any, Any]:
 
     class Packed:
         def __contains__(self, name: str) -> bool:
-            return True
+            return name in dense or name.rpartition(".")[2] in backend.packed_names  # type: ignore[attr-defined]
 
         def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
             owner, _, part = name.rpartition(".")

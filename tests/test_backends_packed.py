@@ -314,7 +314,7 @@ class Unpacked:
         self._method, self._weights = method, CheckpointWeights(folder)
 
     def __contains__(self, name):
-        return True
+        return name in self._weights or f"{name.removesuffix('.weight')}.qweight" in self._weights
 
     def tensor(self, name, device=None):
         owner = name.removesuffix(".weight")
