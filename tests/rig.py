@@ -48,9 +48,9 @@ from bench.run.attention import choose_kernel
 from bench.run.building import Builder
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables
+from bench.run.loading import Loaded
 from bench.run.order import Order
 from bench.run.replay import Replayer, refined
-from bench.run.stages import Loaded
 from bench.run.telling import Breach, Telling
 from bench.run.training import Trainer, enable_checkpointing, make_trainer, train
 from bench.run.watch import BadBatch, Watch

@@ -25,7 +25,13 @@ from bench.load.allowance import ALLOCATOR_SHARE, CONTEXT_BYTES
 from bench.load.fit import outlooks
 from bench.record.forecast import Forecast, forecasts_below, read_forecast, save_forecast
 from bench.run.arrange import Asked
-from bench.run.forecast import RETURN_MEMORY, RETURN_NOTE, arrange_forecast, parse_depths, parse_subsets
+from bench.run.forecast_plan import (
+    RETURN_MEMORY,
+    RETURN_NOTE,
+    arrange_forecast,
+    parse_depths,
+    parse_subsets,
+)
 from bench.run.outlooks import card_outlooks, measured_need, planned_peaks
 from bench.show.forecast import forecast_table, percent, weights, weights_error
 from tests.command import Command

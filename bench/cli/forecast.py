@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bench.ask.cards import Cards
     from bench.record.depths import Repeat
     from bench.record.forecast import BackendForecast, Forecast
-    from bench.run.forecast import ForecastPlan
+    from bench.run.forecast_plan import ForecastPlan
 
 SHARED = {"preset", "dtype", "attention", "checkpointing", "workload", "lora", "optimizer"}
 """Fields of a request that all slices share."""
@@ -78,7 +78,7 @@ def forecast(
 
     from bench.record.forecast import save_forecast
     from bench.run.arrange import Asked
-    from bench.run.forecast import arrange_forecast, parse_subsets
+    from bench.run.forecast_plan import arrange_forecast, parse_subsets
     from bench.show.forecast import forecast_table
 
     console = Console(stderr=as_json, quiet=quiet or as_json)

@@ -18,7 +18,7 @@ from bench.run.training import Trainer
 
 if TYPE_CHECKING:
     from bench.run.building import Builder
-    from bench.run.stages import Loaded
+    from bench.run.loading import Loaded
     from bench.run.telling import Telling
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bench.probe.memory import MemoryProbe
     from bench.run.building import Builder
     from bench.run.distributed import Tie
-    from bench.run.stages import Loaded
+    from bench.run.loading import Loaded
     from bench.run.training import Trainer
 
 NOT_COMPARED = "not compared: gradients are compared with a reference's in runs of one process"

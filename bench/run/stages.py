@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,25 +22,13 @@ from bench.run.order import Order
 from bench.run.telling import Telling
 
 if TYPE_CHECKING:
-    from bench.load.contract import Backend, Shape
     from bench.load.lora import Adapters
-    from bench.load.model import BuiltModel
     from bench.probe.memory import MemoryProbe
     from bench.run.building import Builder
     from bench.run.distributed import Tie
+    from bench.run.loading import Loaded
     from bench.run.training import Trainer
     from bench.run.workload import WorkloadReader
-
-
-@dataclass
-class Loaded:
-    """A model ready for its adapters."""
-
-    backend: Backend
-    built: BuiltModel
-    shapes: dict[str, Shape]
-    facts: dict[str, Any]
-    """Of the load, for the record."""
 
 
 class Run:
@@ -156,33 +142,15 @@ class Run:
         torch.manual_seed(self.request.seed)
 
     def _load(self, builder: Builder, probe: MemoryProbe, import_seconds: float) -> Loaded:
-        from bench.load.cache import QuantizedCache
         from bench.load.model import unquantized_digest
-        from bench.probe.clock import now
-        from bench.probe.memory import release_unused
-        from bench.run.building import is_first
+        from bench.run.loading import load
 
-        cache = None
-        if self.request.cache:
-            cache = QuantizedCache(lambda: now(probe.devices), fills=is_first(self.request))
-        with cache or nullcontext():
-            began = now(probe.devices)
-            backend, built, shapes = builder.build(self.request, cache)
-            seconds = now(probe.devices) - began
-            if cache is not None:
-                seconds -= cache.seconds_apart
-                cache.finish(seconds)
-                backend.notes += cache.notes
-        host_peak = probe.process_peak_bytes()
-        release_unused(probe.devices)
+        loaded = load(builder, probe)
+        # Read before the digest, which copies.
         self.channel.send("readings", readings=probe.read("loaded"))
-        return Loaded(backend, built, shapes, {
-            "import_seconds": import_seconds,
-            "load_seconds": seconds,
-            "host_peak_bytes": host_peak,
-            "weights_digest": unquantized_digest(built),
-            **(cache.load if cache is not None else {}),
-        })  # fmt: skip
+        digest = unquantized_digest(loaded.built)
+        loaded.facts |= {"import_seconds": import_seconds, "weights_digest": digest}
+        return loaded
 
     def _prove_stress(self, builder: Builder) -> None:
         """Before anything is measured: the rescaled model is the same function."""
