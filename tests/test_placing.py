@@ -6,6 +6,7 @@ import pytest
 
 from bench.ask.plan import RunRequest
 from bench.record.schema import Device
+from bench.run.arrange import Asked, arrange
 from bench.run.placing import settle
 from tests.footprint_factory import asked
 
@@ -33,6 +34,16 @@ def test_one_backend_that_needs_more_spreads_them_all() -> None:
     assert [request.placement for request in alone] == ["single"]
     both, _ = settle(on_cuda("bnb-nf4", "bf16"), cards(2, 80))
     assert [request.placement for request in both] == ["split", "split"]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, ("split", 7)), (1, ("single", 1)), (3, ("split", 3))])
+def test_a_number_of_cards_that_was_asked_for_is_kept(
+    monkeypatch: pytest.MonkeyPatch, count: int | None, expected: tuple[str, int]
+) -> None:
+    monkeypatch.setattr("bench.run.arrange.cuda_devices", lambda: tuple(cards(7, 24)))
+    wanted = Asked(preset="qwen2-72b", backends=("bnb-nf4",), weights="synthetic", device_count=count)
+    (request,) = arrange(wanted).sweep.requests
+    assert (request.placement, request.device_count) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -114,6 +114,7 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
     models: Mapping[str, ModelRequest],
     *,
     device: Literal["cpu", "cuda"],
+    placement: Placement = "single",
     device_count: int = 1,
     cpu_threads: int,
     options: Mapping[str, Mapping[str, Any]],
@@ -136,7 +137,7 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
             calibration=calibrations[backend],
             dtype=experiment.dtype,
             device=device,
-            placement=placed(experiment.placement, device_count),
+            placement=placement,
             device_count=device_count,
             cache=experiment.cache,
             attention=experiment.attention,
@@ -158,13 +159,6 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
         for repeat in range(experiment.repeats)
         for backend in experiment.backends
     ]
-
-
-def placed(placement: str, device_count: int) -> Placement:
-    """The placement of a run; "auto" over several devices is a split."""
-    if placement == "auto":
-        return "single" if device_count == 1 else "split"
-    return cast(Placement, placement)
 
 
 def installed_versions(distributions: Sequence[str]) -> dict[str, str | None]:

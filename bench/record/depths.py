@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from bench.ask.plan import RunRequest
-from bench.errors import BrokenFile
 from bench.record.recorded import Recorded, Seconds
 from bench.record.schema import Record, Status
-from bench.record.store import REPEATED_STATUSES, write_atomically
+from bench.record.store import REPEATED_STATUSES, read_document, write_atomically
 
 DEPTHS_VERSION: Final = 1
 SUFFIX = ".depths.json"
@@ -117,15 +116,5 @@ def read_times(folder: Path, key: str) -> DepthTimes | None:
 
     Raises BrokenFile, naming the first thing wrong.
     """
-    path = folder / f"{key}{SUFFIX}"
-    try:
-        times = DepthTimes.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' holds no step times: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFile(f"'{path}' holds no step times: {error}") from None
-    return None if times.status in REPEATED_STATUSES else times
+    times = read_document(folder / f"{key}{SUFFIX}", DepthTimes, "a file of step times")
+    return None if times is None or times.status in REPEATED_STATUSES else times

@@ -10,11 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import ValidationError
-
-from bench.errors import BrokenFile
 from bench.record.recorded import Bytes, Recorded, Seconds
-from bench.record.store import write_atomically
+from bench.record.store import read_document, write_atomically
 
 FORECAST_VERSION: Final = 1
 FILE_NAME = "forecast.json"
@@ -172,14 +169,4 @@ def forecasts_below(folder: Path) -> list[Forecast]:
 
 def read_forecast(folder: Path) -> Forecast | None:
     """The forecast in ``folder``; None: there is none. Raises BrokenFile, naming the first thing wrong."""
-    path = folder / FILE_NAME
-    try:
-        return Forecast.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' is not a forecast: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFile(f"'{path}' is not a forecast: {error}") from None
+    return read_document(folder / FILE_NAME, Forecast, "a forecast")

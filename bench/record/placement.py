@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.ask.experiment import Placement
-from bench.record.recorded import Bytes, Recorded, Seconds
+from bench.record.recorded import Recorded, Seconds
 
 
 class PlaceFacts(Recorded):
@@ -15,8 +15,6 @@ class PlaceFacts(Recorded):
     """Of the process, where there are several."""
     decoder_layers: int
     """Decoder layers on it, whole or as its share of each."""
-    wire_bytes_per_step: Bytes | None = None
-    """Sent to other processes in one step, where that was counted."""
     step_seconds: tuple[Seconds, ...] = ()
     """Of this process, where there are several; the run's own steps are as long as the slowest's."""
     workload_digest: str | None = None

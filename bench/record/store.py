@@ -11,8 +11,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bench.errors import BrokenFile, UserError
 from bench.record.schema import SCHEMA_VERSION, Record
@@ -86,6 +87,26 @@ def read_record(path: Path) -> Record:
         raise BrokenFile(f"'{path}' is not a record: {where}: {first['msg']}") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BrokenFile(f"'{path}' is not a record: {error}") from None
+
+
+Document = TypeVar("Document", bound=BaseModel)
+
+
+def read_document(path: Path, kind: type[Document], what: str) -> Document | None:
+    """What stands beside the records in a file of its own; None: there is no file.
+
+    Raises BrokenFile, naming the file, ``what`` it should be and the first thing wrong with it.
+    """
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise BrokenFile(f"'{path}' is not {what}: {where}: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenFile(f"'{path}' is not {what}: {error}") from None
 
 
 def write_atomically(path: Path, text: str) -> Path:

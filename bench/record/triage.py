@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import ValidationError
-
-from bench.errors import BrokenFile
 from bench.record.recorded import Recorded
 from bench.record.schema import Status
-from bench.record.store import write_atomically
+from bench.record.store import read_document, write_atomically
 
 TRIAGE_VERSION: Final = 1
 FILE_NAME = "triage.json"
@@ -175,14 +172,4 @@ def triages_below(folder: Path) -> list[Triage]:
 
 def read_triage(folder: Path) -> Triage | None:
     """The triage in ``folder``; None: there is none. Raises BrokenFile, naming the first thing wrong."""
-    path = folder / FILE_NAME
-    try:
-        return Triage.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' is not a triage: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFile(f"'{path}' is not a triage: {error}") from None
+    return read_document(folder / FILE_NAME, Triage, "a triage")

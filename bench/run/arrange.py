@@ -15,7 +15,7 @@ import psutil
 from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.packing import CALIBRATIONS
-from bench.ask.placement import count_devices
+from bench.ask.placement import place
 from bench.ask.plan import ModelRequest, plan
 from bench.ask.preset import AUTOMATIC, Preset, choose_preset, load_preset
 from bench.ask.stress import parse_stress, resolve_stress
@@ -99,11 +99,12 @@ def arrange(asked: Asked) -> Arranged:
     for model in models.values():
         resolve_stress(experiment.stress, model.architecture, model.layers)
     device = _device(experiment.device, has_cuda=bool(cuda_devices()))
-    device_count = count_devices(experiment, device, len(cuda_devices()))
+    placement, device_count = place(experiment, device, len(cuda_devices()))
     requests = plan(
         experiment,
         models,
         device=device,
+        placement=placement,
         device_count=device_count,
         cpu_threads=experiment.cpu_threads or usable_cores(),
         options={
@@ -115,7 +116,7 @@ def arrange(asked: Asked) -> Arranged:
         libraries={name: entries[name].backend.requires for name in experiment.backends},
     )
     placed = ""
-    if experiment.placement == "auto" and device_count == 1:
+    if experiment.placement == "auto" and experiment.device_count is None:
         requests, placed = settle(requests, cuda_devices())
     out = asked.out or DEFAULT_OUT / Path(experiment.preset).stem
     sweep = Sweep(
