@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends import _gptqmodel as shared
+from backends import awq
 from backends.awq import COLUMN_ORDER
 from bench.errors import BadValue
 from bench.load.contract import Shape
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig, Qwen2Config, Qwen2ForCausalLM
 
+from backends import awq
 from bench.load.contract import Layer, Shape
 from bench.load.layout import Layout
 from bench.load.model import DTYPES, build_model, linear_shapes, skeleton
@@ -76,6 +78,16 @@ def work(method, folder):
         built(torch.ones(1, in_features, requires_grad=True)).sum().backward()
         counted = layer_bits(built, shape, made.codes)
         found["bits", out_features, in_features] = (counted, made.expected_bits(shape))
+
+    if method == "awq":
+        # Pieces that do not divide the layer evenly, as those of a large layer do not: 2, 2 and 1 groups.
+        awq.WEIGHTS_AT_ONCE = 2 * 64 * 48
+        for dtype in ("float32", "bfloat16"):
+            made, shape = backend(dtype), Shape(48, 5 * 64)
+            drawn = made.draw(shape, 0.02, torch.Generator().manual_seed(3), CPU)
+            built = made.linear(layer(drawn, 48, 5 * 64, DTYPES[dtype]))
+            whole = type(built).awq_weight_dequantize(built, CPU, DTYPES[dtype])
+            found["pieces", dtype] = whole, built.awq_weight_dequantize(CPU, DTYPES[dtype]), made.notes
 
     if method == "gptq":
         torch.manual_seed(2)
@@ -305,6 +317,15 @@ def test_the_kernel_that_is_chosen_on_a_cpu_is_near_the_one_that_transformers_ta
     if method == "gptq":
         assert torch.equal(ours, theirs)
     assert float((ours - theirs).norm() / theirs.norm()) < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_in_pieces_is_to_the_bit_what_gptqmodel_makes_of_the_whole(folder, dtype):
+    found = torch.load(folder / "awq" / "found.pt", weights_only=False)
+    whole, pieces, notes = found["pieces", dtype]
+    assert torch.equal(pieces, whole)
+    assert float(whole.float().std()) > 0.01
+    assert notes == [awq.IN_PIECES]
 
 
 class Unpacked:
