@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -402,6 +403,7 @@ def test_the_parents_side_of_a_forecast_never_imports_torch():
 
 def test_errors_in_words():
     assert [percent(error) for error in (None, 0, 0.01234, -0.5)] == ["–", "0", "+1.23", "-50.00"]  # noqa: RUF001
+    assert percent(math.nan) == "NaN"
     two = backend_forecast(PAIR, [repeat_of((2, 4, 24))], None).lines
     off = [
         line.model_copy(update={"measured": line.predicted * 2}) if line.name == "lora" else line

@@ -2,7 +2,9 @@
 
 The parent builds the record from these lines, so whatever was told before a worker died is kept.
 Events: ``stage`` (name), ``section`` (a part of the record, by name), ``step`` (one training step),
-``readings`` (memory readings), ``progress`` (for the display only), ``outcome`` (how it ended).
+``readings`` (memory readings), ``bytes_by_kind`` (tensors counted), ``process_peak``, ``depth_step`` (one
+step of one depth, where several take turns), ``rank`` (which process, under torchrun), ``progress`` (for the
+display only), ``outcome`` (how it ended).
 """
 
 from __future__ import annotations

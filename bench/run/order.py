@@ -32,7 +32,8 @@ class Order(Frozen):
     replay: bool = True
     """Whether a failure is replayed after the training; it costs a second load of the model."""
     note: str | None = None
-    """A departure from what was asked that concerns the packed checkpoint."""
+    """A departure from the ordinary run that the harness chose (how a checkpoint was packed, how freed memory
+    is returned), told in the record."""
     environment: Mapping[str, str] = Field(default_factory=dict)
     """Variables of the worker's environment, besides those of its parent."""
     turns: Turns | None = None

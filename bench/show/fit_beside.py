@@ -96,6 +96,8 @@ def _cut(row: Row) -> Iterator[str]:
     yield f"{model.weights} weights"
     if model.layers is not None:
         yield f"the first {model.layers} decoder layers only"
+    if row.record.load is not None and row.record.load.from_cache:
+        yield "quantized model loaded from cache"
 
 
 def _forecasts(forecast: Forecast) -> Iterator[BesideRow]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -208,6 +209,8 @@ def percent(error: float | None) -> str:
     """With its sign; exactly nothing is 0."""
     if error is None:
         return MISSING
+    if not math.isfinite(error):
+        return number(error)
     return "0" if error == 0 else f"{100 * error:+.2f}"
 
 
