@@ -23,6 +23,7 @@ from bench.record.schema import Record
 from bench.record.triage import Triage
 from bench.show import stability_view
 from bench.show.columns import COLUMNS, MISSING, changed_dtype, gib, number, sections, words
+from bench.show.decision import decision_of
 from bench.show.drawing import Plot
 from bench.show.fit_section import fit_section
 from bench.show.ladder import HEALS, evidence_in_words, rung_in_words
@@ -86,6 +87,7 @@ def page(
             title=models_of(comparison.rows) or "No records",
             headline=headline(comparison),
             setting=setting(comparison.rows),
+            decision=decision_of(comparison),
             tiles=make_tiles(comparison),
             comparison=comparison,
             columns=COLUMNS,

@@ -16,6 +16,7 @@ from bench.judge.scaler import spelt
 from bench.record.forecast import Forecast
 from bench.record.triage import Triage
 from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
+from bench.show.decision import decision_of
 from bench.show.fit_markdown import fit_blocks
 from bench.show.stability_markdown import stability_blocks
 
@@ -43,7 +44,9 @@ def terminal_table(comparison: Comparison) -> RenderableType:
     ]
     below = [Text(text) for text in (*reasons, " ".join(text for text in legends if text))]
     warned = [Text(f"Note: {warning}", style="yellow") for warning in comparison.warnings]
-    return Group(_grid(comparison), Text(""), *below, *warned)
+    decision = decision_of(comparison)
+    choice = [Text(decision.sentence, style="bold"), Text("")] if decision else []
+    return Group(_grid(comparison), Text(""), *choice, *below, *warned)
 
 
 def _grid(comparison: Comparison) -> Table:
@@ -84,7 +87,8 @@ def markdown(comparison: Comparison, triage: Triage | None = None, forecast: For
     """The report as Markdown: one table for each section, then failures, stability, what fits, warnings."""
     import pandas
 
-    blocks = []
+    decision = decision_of(comparison)
+    blocks = [f"**{escaped(decision.sentence)}**"] if decision else []
     parts = sections(comparison)
     for section in parts:
         cells = [[_marked(column, line) for column in COLUMNS] for line in section.lines]

@@ -1,0 +1,151 @@
+"""What follows from a comparison for somebody who has to choose a backend.
+
+``decide(comparison)`` weighs the quantized backends of the largest group of alike runs in the two things that
+a card limits, memory and speed, and leaves out those whose training broke. It claims no more than the figures
+hold: two backends differ *surely* where the interval of their paired ratio lies beyond the noise margin,
+*as measured* where there was one run of each, and else not at all. The words are in ``bench.show.decision``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from bench.ask.reference import REFERENCE_BACKEND
+from bench.judge.comparison import Comparison
+from bench.judge.groups import FIGURES, Group, Summary
+from bench.judge.intervals import NOISE_MARGIN, Interval, Ratio, differs, paired_ratio
+from bench.judge.stability import BAD
+
+MEMORY, SPEED = "peak_memory_bytes", "tokens_per_second"
+WEIGHED = (MEMORY, SPEED)
+"""Row fields that a choice is made by."""
+
+Certainty = Literal["surely", "as measured"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One backend beside another in one figure."""
+
+    ratio: Ratio
+    """Over the repeats that both completed."""
+    better: bool | None
+    """Whether it is the better one; None: they cannot be told apart."""
+    certainty: Certainty | None
+    """None: they cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend that could be chosen, beside the leaders."""
+
+    summary: Summary
+    differences: Mapping[str, Difference]
+    """Weighed figure -> beside the one that leads in it; a figure that either lacks is absent."""
+
+    @property
+    def label(self) -> str:
+        """As everywhere in the report."""
+        return self.summary.label
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who leads, and how the others stand to them."""
+
+    leaders: Mapping[str, tuple[Candidate, ...]]
+    """Weighed figure -> the first of it, then everyone who cannot be told apart from the first."""
+    candidates: tuple[Candidate, ...]
+    """In the order of the comparison."""
+    broken: tuple[Summary, ...]
+    """Quantized backends of the group whose training broke."""
+    reference: Summary | None
+    """The unquantized reference, if it completed among them."""
+
+    @property
+    def both(self) -> tuple[Candidate, ...]:
+        """Those that lead in everything that is weighed."""
+        parts = [self.leaders[field] for field in WEIGHED if field in self.leaders]
+        return tuple(one for one in self.candidates if parts and all(one in part for part in parts))
+
+    @property
+    def ranked(self) -> bool:
+        """Whether repeats allow to tell surely from as measured."""
+        found = [each.ratio.interval for one in self.candidates for each in one.differences.values()]
+        return any(interval is not None for interval in found)
+
+
+def decide(comparison: Comparison) -> Decision | None:
+    """The choice within the largest group of alike runs; None: no quantized backend completed there."""
+    if not comparison.groups:
+        return None
+    group = comparison.groups[0]
+    quantized = [one for one in group.summaries if not is_reference(one)]
+    sound = [one for one in quantized if one.verdict.verdict not in BAD]
+    if not quantized:
+        return None
+    first = {field: lead for field in WEIGHED if (lead := _first(sound, field)) is not None}
+    candidates = tuple(Candidate(one, _differences(one, first)) for one in sound)
+    leaders = {field: _leaders(candidates, field, lead) for field, lead in first.items()}
+    return Decision(
+        leaders=leaders,
+        candidates=candidates,
+        broken=tuple(one for one in quantized if one.verdict.verdict in BAD),
+        reference=_reference(group),
+    )
+
+
+def is_reference(summary: Summary) -> bool:
+    """Whether these runs quantized nothing: they are what the others are held against, and no choice."""
+    return summary.rows[0].record.request.backend == REFERENCE_BACKEND
+
+
+def beside(one: Summary, other: Summary, field: str) -> Difference | None:
+    """One backend beside another in a figure; None where they share no repeat that has it."""
+    own, base = (_by_repeat(summary, field) for summary in (one, other))
+    pairs = [(value, base[repeat]) for repeat, value in sorted(own.items()) if repeat in base]
+    if not pairs:
+        return None
+    ratio = paired_ratio(pairs)
+    side = differs(ratio, NOISE_MARGIN)
+    certainty: Certainty | None = "surely" if side else None
+    if ratio.interval is None:
+        # One run of each: all that can be said is what was measured.
+        side = differs(replace(ratio, interval=Interval(ratio.estimate, ratio.estimate)), NOISE_MARGIN)
+        certainty = "as measured" if side else None
+    better = None if side is None else (side == "lower") == (FIGURES[field] == "lowest")
+    return Difference(ratio, better, certainty)
+
+
+def _differences(one: Summary, first: Mapping[str, Summary]) -> dict[str, Difference]:
+    found = {field: beside(one, lead, field) for field, lead in first.items()}
+    return {field: difference for field, difference in found.items() if difference is not None}
+
+
+def _first(summaries: Sequence[Summary], field: str) -> Summary | None:
+    """The one with the best median."""
+    medians = {one.label: one.figures[field].median for one in summaries if field in one.figures}
+    known = [one for one in summaries if math.isfinite(medians.get(one.label, math.nan))]
+    pick = min if FIGURES[field] == "lowest" else max
+    return pick(known, key=lambda one: medians[one.label]) if known else None
+
+
+def _leaders(candidates: Sequence[Candidate], field: str, lead: Summary) -> tuple[Candidate, ...]:
+    """The first, then those that are not worse."""
+    level = [
+        one
+        for one in candidates
+        if field in one.differences and one.differences[field].better is not False
+    ]
+    return tuple(sorted(level, key=lambda one: one.summary is not lead))
+
+
+def _by_repeat(summary: Summary, field: str) -> dict[int, float]:
+    return {row.repeat: value for row in summary.rows if (value := getattr(row, field)) is not None}
+
+
+def _reference(group: Group) -> Summary | None:
+    return next((one for one in group.summaries if is_reference(one)), None)
