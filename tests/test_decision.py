@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from bench.judge.comparison import compare
 from bench.judge.decision import MEMORY, SPEED, decide
 from bench.record.schema import Record
 from bench.show.decision import DecisionText, decision_of
+from bench.show.drawing import Plot
 from bench.show.page import page
+from bench.show.plots import plots
 from bench.show.tables import markdown
 from tests.record_factory import GIB, eight_backends, failed, first_failure, record
 
@@ -130,3 +134,33 @@ def test_the_page_and_the_markdown_begin_with_it() -> None:
     sentence = told(eight_backends()).sentence
     assert sentence[:60] in page(comparison, drawn=[])
     assert markdown(comparison).startswith(f"**{sentence}**")
+
+
+def figure_of(records: list[Record]) -> Plot:
+    return next(plot for plot in plots(compare(records)) if plot.name == "pareto")
+
+
+def test_the_figure_names_who_is_dominated_and_by_whom() -> None:
+    words = figure_of([
+        with_figures("bnb-nf4", seconds=0.30, peak_gib=9.0),
+        with_figures("bnb-nf4-dq", seconds=0.33, peak_gib=8.0),
+        with_figures("hqq", seconds=0.40, peak_gib=9.9),
+    ]).alternative  # fmt: skip
+    assert words.startswith("Nothing is better in both than bnb-nf4 (9.00 GiB")
+    assert "bnb-nf4-dq (8.00 GiB" in words
+    assert "Dominated, and drawn pale: hqq (by bnb-nf4)." in words
+
+
+def test_what_broke_dominates_nothing_and_is_crossed_out() -> None:
+    broken = with_figures("awq", seconds=0.1, peak_gib=2.0)
+    steps = tuple(step.model_copy(update={"gradient_norm": math.nan}) for step in broken.steps)
+    words = figure_of([
+        with_figures("bnb-nf4", seconds=0.30, peak_gib=9.0),
+        broken.model_copy(update={"steps": steps}),
+    ]).alternative  # fmt: skip
+    assert "Nothing is better in both than bnb-nf4" in words
+    assert "Crossed out, because their training broke: awq (non finite)." in words
+
+
+def test_there_is_no_figure_of_a_single_backend() -> None:
+    assert not [plot for plot in plots(compare([record("hqq")])) if plot.name == "pareto"]

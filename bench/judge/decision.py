@@ -120,6 +120,29 @@ def beside(one: Summary, other: Summary, field: str) -> Difference | None:
     return Difference(ratio, better, certainty)
 
 
+def dominated(group: Group) -> dict[str, str]:
+    """Label -> the label of one that is at least level in memory and in speed and better in one of them.
+
+    What broke dominates nothing. Of several that dominate, one is named that nobody dominates, if there is
+    one: they can be as in a ring, for "level" does not carry over.
+    """
+    sound = [one for one in group.summaries if one.verdict.verdict not in BAD]
+    by = {
+        one.label: [other.label for other in sound if other is not one and _dominates(other, one)]
+        for one in group.summaries
+    }
+    return {
+        label: next((other for other in others if not by[other]), others[0])
+        for label, others in by.items()
+        if others
+    }
+
+
+def _dominates(one: Summary, other: Summary) -> bool:
+    better = [difference.better if (difference := beside(one, other, field)) else False for field in WEIGHED]
+    return False not in better and True in better
+
+
 def _differences(one: Summary, first: Mapping[str, Summary]) -> dict[str, Difference]:
     found = {field: beside(one, lead, field) for field, lead in first.items()}
     return {field: difference for field, difference in found.items() if difference is not None}

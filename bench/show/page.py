@@ -49,6 +49,7 @@ TERMS = {
 """Backend -> half a sentence; a backend from elsewhere has none."""
 
 FIGURES_OF = {
+    "choice": ("pareto",),
     "memory": ("memory-by-phase", "bytes-by-kind"),
     "time": ("throughput", "step-time"),
     "curve": ("loss", "gradient-norm"),
