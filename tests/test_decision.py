@@ -120,6 +120,12 @@ def test_what_broke_or_failed_is_out_with_its_reason_however_small_and_fast() ->
     assert text.out[1].startswith("bnb-int8: out of memory")
 
 
+def test_what_is_not_alike_is_no_choice_and_it_is_said_why() -> None:
+    text = told(eight_backends())
+    assert "awq: stands apart (effective dtype float16 instead of bfloat16)" in text.out
+    assert not [line for line in text.others if line.startswith("awq")]
+
+
 def test_synthetic_weights_judge_no_stability() -> None:
     assert "Stability is not judged here." in told(eight_backends(weights="synthetic")).sentence
 

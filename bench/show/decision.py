@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.judge.comparison import Comparison
-from bench.judge.decision import MEMORY, SPEED, WEIGHED, Candidate, Decision, Difference, decide
+from bench.judge.decision import MEMORY, SPEED, WEIGHED, Candidate, Decision, Difference, decide, is_reference
 from bench.judge.groups import Summary
 from bench.judge.rows import Row
 from bench.show.columns import gib, number, outcome, words
@@ -21,6 +21,8 @@ MORE_LESS: Mapping[str, tuple[str, str]] = {
     MEMORY: ("more memory", "less memory"),
     SPEED: ("more tokens/s", "fewer tokens/s"),
 }
+NAMED = 2
+"""Conditions that are named of a backend which stands apart."""
 LEADS: Mapping[str, str] = {MEMORY: "needs the least memory", SPEED: "is the fastest"}
 LEAD_TOGETHER: Mapping[str, str] = {MEMORY: "need the least memory", SPEED: "are the fastest"}
 
@@ -46,7 +48,11 @@ def decision_of(comparison: Comparison) -> DecisionText | None:
     return DecisionText(
         sentence=" ".join(_sentence(decision)),
         others=tuple(_standing(one, decision) for one in rest),
-        out=tuple(dict.fromkeys((*map(_broken, decision.broken), *_failed(runs_shown(comparison))))),
+        out=tuple(dict.fromkeys((
+            *map(_broken, decision.broken),
+            *_apart(comparison),
+            *_failed(runs_shown(comparison)),
+        ))),
     )
 
 
@@ -162,6 +168,15 @@ def _broken(summary: Summary) -> str:
         f" in {failure.module}" if failure.module else ""
     )
     return f"{summary.label}: {words(summary.verdict.verdict)}{where}"
+
+
+def _apart(comparison: Comparison) -> Iterator[str]:
+    """Quantized backends that are not alike the others, with what they differ in."""
+    for group in comparison.groups[1:]:
+        why = [f"{one.name} {one.here} instead of {one.there}" for one in group.differences[:NAMED]]
+        for one in group.summaries:
+            if not is_reference(one):
+                yield f"{one.label}: stands apart ({'; '.join(why) or 'no repeat in common'})"
 
 
 def _failed(rows: Sequence[Row]) -> Iterator[str]:
