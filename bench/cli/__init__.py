@@ -20,6 +20,7 @@ from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
 from bench.cli.triage import triage
+from bench.cli.watch import watch
 from bench.errors import UserError, unknown
 
 
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, runs):
+for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, watch, runs):
     cli.add_command(command)
 
 

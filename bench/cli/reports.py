@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.cli.allow import allow_option
-from bench.errors import UserError
+from bench.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
@@ -18,12 +18,44 @@ if TYPE_CHECKING:
     from bench.show.report import ReportFiles
 
 
+def _formats(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Kinds of files, in the order in which they were asked for. Raises BadValue for one that is none."""
+    from bench.show.report import DEFAULT_FORMATS, FORMATS
+
+    names = [name.strip().lower() for text in texts for name in text.split(",")]
+    for name in names:
+        if name not in (*FORMATS, "all"):
+            raise unknown("format", name, [*FORMATS, "all"])
+    if "all" in names:
+        return FORMATS
+    return tuple(dict.fromkeys(names)) or DEFAULT_FORMATS
+
+
+def _paths(files: ReportFiles) -> dict[str, object]:
+    """Of what was written."""
+    named = {"page": files.html, "markdown": files.markdown, "csv": files.csv, "parquet": files.parquet}
+    written = {name: str(path) for name, path in named.items() if path is not None}
+    return {**written, "plots": [str(path) for path in files.plots]}
+
+
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @allow_option
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    callback=_formats,
+    metavar="KIND",
+    help="What to write: html, markdown, csv, parquet, svg, png or all (repeatable, or with commas).  "
+    "[default: html, markdown, csv, svg]",
+)
+@click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's paths as JSON.")
-def report(folder: Path, allow: frozenset[str], as_json: bool) -> None:
-    """Write the report (HTML, Markdown, CSV, plots) of the records in FOLDER.
+def report(
+    folder: Path, allow: frozenset[str], formats: tuple[str, ...], open_page: bool, as_json: bool
+) -> None:
+    """Write the report of the records in FOLDER: a page, Markdown, tables and figures.
 
     Runs that are not alike stand in groups apart, the largest first; the report names what differs.
     """
@@ -34,7 +66,16 @@ def report(folder: Path, allow: frozenset[str], as_json: bool) -> None:
         raise UserError(
             f"'{folder}' holds no records", "make some with: qlora-bench run --out " + str(folder)
         )
-    show(records, folder, allow, as_json=False, quiet=True, paths_as_json=as_json)
+    if open_page and "html" not in formats:
+        raise UserError("--open needs the page", "add --format html")
+    _, files = written_report(records, folder, allow, formats)
+    if as_json:
+        click.echo(json.dumps(_paths(files)))
+    else:
+        for path in [files.html] if files.html else files.written:
+            click.echo(f"report: {path}")
+    if open_page and files.html:
+        click.launch(files.html.resolve().as_uri())
 
 
 @click.command()
@@ -60,7 +101,6 @@ def show(
     *,
     as_json: bool,
     quiet: bool,
-    paths_as_json: bool = False,
 ) -> None:
     """Write the report of ``records`` into ``folder``, and print what was asked for.
 
@@ -73,17 +113,6 @@ def show(
     comparison, files = written_report(records, folder, allow)
     if as_json:
         print_records(records)
-    elif paths_as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "page": str(files.html),
-                    "markdown": str(files.markdown),
-                    "csv": str(files.csv),
-                    "plots": [str(path) for path in files.plots],
-                }
-            )
-        )
     else:
         if not quiet:
             Console().print(terminal_table(comparison))
@@ -91,20 +120,29 @@ def show(
 
 
 def written_report(
-    records: Sequence[Record], folder: Path, allow: Collection[str]
+    records: Sequence[Record],
+    folder: Path,
+    allow: Collection[str],
+    formats: Collection[str] | None = None,
+    refresh_seconds: float | None = None,
 ) -> tuple[Comparison, ReportFiles]:
-    """Write the report of ``records``, and of the triage in ``folder`` where there is one."""
+    """Write the report of ``records``, and of the triage in ``folder`` where there is one.
+
+    ``formats``: see ``bench.show.report``; None: the usual ones. ``refresh_seconds``: how often the page
+    loads itself again.
+    """
     from bench.judge.comparison import compare
     from bench.record.forecast import forecasts_below
     from bench.record.triage import triages_below
-    from bench.show.report import write_report
+    from bench.show.report import DEFAULT_FORMATS, write_report
 
     # One by one, a ladder's runs would hide what they were run for; they stand in the ladder.
     aside = {key for triage in triages_below(folder) for key in triage.rung_keys}
     # A slice is no run of the model; it stands in the forecast.
     aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
     comparison = compare([record for record in records if record.key not in aside] or records, allow)
-    return comparison, write_report(comparison, folder)
+    files = write_report(comparison, folder, formats or DEFAULT_FORMATS, refresh_seconds)
+    return comparison, files
 
 
 def print_records(records: Sequence[Record]) -> None:

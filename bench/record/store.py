@@ -109,13 +109,13 @@ def read_document(path: Path, kind: type[Document], what: str) -> Document | Non
         raise BrokenFile(f"'{path}' is not {what}: {error}") from None
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all, surviving a power cut after return."""
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Write a file whole or not at all, surviving a power cut after return. Text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)

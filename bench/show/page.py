@@ -66,11 +66,13 @@ def page(
     drawn: Sequence[Plot] | None = None,
     triage: Triage | None = None,
     forecast: Forecast | None = None,
+    refresh_seconds: float | None = None,
 ) -> str:
     """The page as HTML text.
 
     ``drawn``: its figures where they have been drawn already. ``triage``: of one of the runs, where there
-    was one. ``forecast``: of the whole model, where there is one.
+    was one. ``forecast``: of the whole model, where there is one. ``refresh_seconds``: how often the page
+    loads itself again; None: never.
     """
     css, script = _own("page.css"), _own("page.js")
     figures = {plot.name: plot for plot in (plots(comparison, forecast) if drawn is None else drawn)}
@@ -86,6 +88,7 @@ def page(
             css=Markup(css),  # noqa: S704  (this package's own file)
             script=Markup(script),  # noqa: S704  (this package's own file)
             policy=_policy(css, script),
+            refresh=None if refresh_seconds is None else f"{refresh_seconds:g}",
             title=models_of(comparison.rows) or "No records",
             headline=headline(comparison),
             setting=setting(comparison.rows),

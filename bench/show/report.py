@@ -1,45 +1,78 @@
-"""The report as files: a page, Markdown, CSV, and each figure by itself.
+"""The report as files: a page, Markdown, tables of the runs, and each figure by itself.
 
-``write_report(comparison, folder)`` writes them all, each whole or not at all. A triage and a forecast that
-stand in the folder are part of the report.
+``write_report(comparison, folder, formats)`` writes them, each whole or not at all. A triage and a forecast
+that stand in the folder are part of the report.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.judge.comparison import Comparison
 from bench.record.forecast import read_forecast
 from bench.record.store import write_atomically
 from bench.record.triage import read_triage
+from bench.show.drawing import Plot
+from bench.show.files import parquet, png
 from bench.show.page import page
 from bench.show.plots import plots
 from bench.show.tables import csv, markdown
 
+FORMATS = ("html", "markdown", "csv", "parquet", "svg", "png")
+DEFAULT_FORMATS = ("html", "markdown", "csv", "svg")
+"""PNG takes a while to draw, and Parquet says what CSV says."""
+FIGURE_FILES: Mapping[str, Callable[[Plot], str | bytes]] = {"svg": lambda plot: plot.standalone, "png": png}
+
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where the report was written."""
+    """Where the report was written; None: not asked for."""
 
-    html: Path
-    markdown: Path
-    csv: Path
+    html: Path | None
+    markdown: Path | None
+    csv: Path | None
+    parquet: Path | None
     plots: tuple[Path, ...]
 
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """Every file that was written."""
+        named = (self.html, self.markdown, self.csv, self.parquet)
+        return (*(path for path in named if path is not None), *self.plots)
 
-def write_report(comparison: Comparison, folder: Path) -> ReportFiles:
-    """Write report.html, report.md, report.csv and plots/*.svg into ``folder``, created if need be.
 
-    Raises BrokenFile where ``folder`` holds a triage.json or a forecast.json that is none.
+def write_report(
+    comparison: Comparison,
+    folder: Path,
+    formats: Collection[str] = DEFAULT_FORMATS,
+    refresh_seconds: float | None = None,
+) -> ReportFiles:
+    """Write report.html, .md, .csv and .parquet and plots/*.svg and *.png into ``folder``, created if need
+    be; of these what ``formats`` names.
+
+    ``refresh_seconds``: how often the page loads itself again, while runs go on. Raises BrokenFile where
+    ``folder`` holds a triage.json or a forecast.json that is none.
     """
     triage, forecast = read_triage(folder), read_forecast(folder)
-    drawn = plots(comparison, forecast)
+    drawn = plots(comparison, forecast) if {"html", "svg", "png"} & set(formats) else ()
+
+    def wrote(name: str, kind: str, content: Callable[[], str | bytes]) -> Path | None:
+        return write_atomically(folder / name, content()) if kind in formats else None
+
+    figures = [
+        wrote(f"plots/{plot.name}.{kind}", kind, partial(draw, plot))
+        for kind, draw in FIGURE_FILES.items()
+        for plot in drawn
+    ]
     return ReportFiles(
-        html=write_atomically(folder / "report.html", page(comparison, drawn, triage, forecast)),
-        markdown=write_atomically(folder / "report.md", markdown(comparison, triage, forecast)),
-        csv=write_atomically(folder / "report.csv", csv(comparison)),
-        plots=tuple(
-            write_atomically(folder / "plots" / f"{plot.name}.svg", plot.standalone) for plot in drawn
+        html=wrote(
+            "report.html", "html", lambda: page(comparison, drawn, triage, forecast, refresh_seconds)
         ),
+        markdown=wrote("report.md", "markdown", lambda: markdown(comparison, triage, forecast)),
+        csv=wrote("report.csv", "csv", lambda: csv(comparison)),
+        parquet=wrote("report.parquet", "parquet", lambda: parquet(comparison)),
+        plots=tuple(path for path in figures if path is not None),
     )

@@ -171,12 +171,12 @@ def csv(comparison: Comparison) -> str:
     """Every field of every run, raw, one run a line."""
     import pandas
 
-    lines = [{name: _raw(value) for name, value in _fields(row, comparison)} for row in comparison.rows]
+    lines = [{name: _raw(value) for name, value in run_fields(row, comparison)} for row in comparison.rows]
     frame = pandas.DataFrame(lines, columns=list(lines[0]) if lines else [], dtype=object)
     return frame.to_csv(index=False, lineterminator="\n", na_rep="")
 
 
-def _fields(row: Row, comparison: Comparison) -> Iterator[tuple[str, object]]:
+def run_fields(row: Row, comparison: Comparison) -> Iterator[tuple[str, object]]:
     """Name (with its unit) and raw value of everything known of a run."""
     record, request = row.record, row.record.request
     groups = (n for n, group in enumerate(comparison.groups, start=1) if row in group.rows)
