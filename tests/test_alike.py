@@ -274,7 +274,7 @@ def test_settings_and_observations_stand_in_one_pair_of_brackets() -> None:
 # ---- what every figure says
 
 
-NOTE = "Allowed difference: effective dtype (bfloat16: all others; float16: awq)."
+NOTE = "Allowed difference: effective dtype (bfloat16: 7 others; float16: awq)."
 
 
 def tables_of_runs(text: str) -> list[str]:
@@ -356,7 +356,7 @@ def test_a_report_with_an_allowed_difference_prints_it_at_every_figure(command: 
     done = command.run("report", folder, "--allow", "dtype", "--json")
     assert done.returncode == 0, done.stderr
     written = json.loads(done.stdout)
-    note = "Allowed difference: effective dtype (bfloat16: all others; float16: awq)."
+    note = "Allowed difference: effective dtype (bfloat16: 3 others; float16: awq)."
     assert len(written["plots"]) >= 7
     for plot in written["plots"]:
         svg = Path(plot).read_text(encoding="utf-8")

@@ -66,7 +66,7 @@ def test_the_headline_says_what_where_how_many_and_the_answers():
     assert "What went wrong: Nothing; every run completed; every loss and gradient stayed finite." in text
     assert "CPU" not in text
     assert "overlap" not in text
-    assert text.endswith("Allowed difference: effective dtype (bfloat16: all others; float16: awq).")
+    assert text.endswith("Allowed difference: effective dtype (bfloat16: 7 others; float16: awq).")
     split = headline(compare(eight_backends()))
     assert "next: bnb-nf4, 8.61; in the largest group of alike runs." in split
     assert split.endswith("group 2: awq (apart by effective dtype).")

@@ -37,12 +37,12 @@ def split_in_words(groups: Sequence[Group], conditions: Sequence[Condition]) -> 
 
 
 def in_words(condition: Condition) -> str:
-    """The name of a condition, and who has which value; what most runs have is not listed."""
+    """The name of a condition, and who has which value; those with the value that most have are counted."""
     values = sorted(condition.values, key=lambda value: -len(value.names))
     most = len(values[0].names) > max(2, *(len(value.names) for value in values[1:]))
     parts = [f"{short(value.text)}: {listed(value.names, NAMES_SAID)}" for value in values[:VALUES_SAID]]
     if most:
-        parts[0] = f"{short(values[0].text)}: all others"
+        parts[0] = f"{short(values[0].text)}: {len(values[0].names)} others"
     more = len(values) - VALUES_SAID
     return f"{condition.name} ({'; '.join(parts)}{f'; and {more} more values' if more > 0 else ''})"
 
