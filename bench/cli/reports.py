@@ -33,7 +33,13 @@ def _formats(context: click.Context, parameter: click.Parameter, texts: tuple[st
 
 def _paths(files: ReportFiles) -> dict[str, object]:
     """Of what was written."""
-    named = {"page": files.html, "markdown": files.markdown, "csv": files.csv, "parquet": files.parquet}
+    named = {
+        "page": files.html,
+        "markdown": files.markdown,
+        "csv": files.csv,
+        "figures_csv": files.figures_csv,
+        "parquet": files.parquet,
+    }
     written = {name: str(path) for name, path in named.items() if path is not None}
     return {**written, "plots": [str(path) for path in files.plots]}
 
@@ -41,6 +47,11 @@ def _paths(files: ReportFiles) -> dict[str, object]:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @allow_option
+@click.option(
+    "--baseline",
+    metavar="LABEL",
+    help="What ratios are to, where runs were repeated.  [default: bf16, else the first]",
+)
 @click.option(
     "--format",
     "formats",
@@ -53,7 +64,12 @@ def _paths(files: ReportFiles) -> dict[str, object]:
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's paths as JSON.")
 def report(
-    folder: Path, allow: frozenset[str], formats: tuple[str, ...], open_page: bool, as_json: bool
+    folder: Path,
+    allow: frozenset[str],
+    baseline: str | None,
+    formats: tuple[str, ...],
+    open_page: bool,
+    as_json: bool,
 ) -> None:
     """Write the report of the records in FOLDER: a page, Markdown, tables and figures.
 
@@ -68,7 +84,7 @@ def report(
         )
     if open_page and "html" not in formats:
         raise UserError("--open needs the page", "add --format html")
-    _, files = written_report(records, folder, allow, formats)
+    _, files = written_report(records, folder, allow, baseline, formats)
     if as_json:
         click.echo(json.dumps(_paths(files)))
     else:
@@ -123,13 +139,15 @@ def written_report(
     records: Sequence[Record],
     folder: Path,
     allow: Collection[str],
+    baseline: str | None = None,
     formats: Collection[str] | None = None,
     refresh_seconds: float | None = None,
 ) -> tuple[Comparison, ReportFiles]:
     """Write the report of ``records``, and of the triage in ``folder`` where there is one.
 
-    ``formats``: see ``bench.show.report``; None: the usual ones. ``refresh_seconds``: how often the page
-    loads itself again.
+    ``baseline``: the label that ratios are to. ``formats``: see ``bench.show.report``; None: the usual ones.
+    ``refresh_seconds``: how often the page loads itself again. Raises UserError where no completed run has
+    the baseline.
     """
     from bench.judge.comparison import compare
     from bench.record.forecast import forecasts_below
@@ -140,7 +158,8 @@ def written_report(
     aside = {key for triage in triages_below(folder) for key in triage.rung_keys}
     # A slice is no run of the model; it stands in the forecast.
     aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
-    comparison = compare([record for record in records if record.key not in aside] or records, allow)
+    shown = [record for record in records if record.key not in aside] or records
+    comparison = compare(shown, allow, baseline)
     files = write_report(comparison, folder, formats or DEFAULT_FORMATS, refresh_seconds)
     return comparison, files
 

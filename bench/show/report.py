@@ -1,4 +1,5 @@
-"""The report as files: a page, Markdown, tables of the runs, and each figure by itself.
+"""The report as files: a page, Markdown, tables (of runs, and of figures with their ratios), and each
+figure by itself.
 
 ``write_report(comparison, folder, formats)`` writes them, each whole or not at all. A triage and a forecast
 that stand in the folder are part of the report.
@@ -16,6 +17,7 @@ from bench.record.forecast import read_forecast
 from bench.record.store import write_atomically
 from bench.record.triage import read_triage
 from bench.show.drawing import Plot
+from bench.show.figures_csv import figures_csv
 from bench.show.files import parquet, png
 from bench.show.page import page
 from bench.show.plots import plots
@@ -34,13 +36,16 @@ class ReportFiles:
     html: Path | None
     markdown: Path | None
     csv: Path | None
+    """One run a line."""
+    figures_csv: Path | None
+    """One figure of one backend a line, with its ratio, interval and rank."""
     parquet: Path | None
     plots: tuple[Path, ...]
 
     @property
     def written(self) -> tuple[Path, ...]:
         """Every file that was written."""
-        named = (self.html, self.markdown, self.csv, self.parquet)
+        named = (self.html, self.markdown, self.csv, self.figures_csv, self.parquet)
         return (*(path for path in named if path is not None), *self.plots)
 
 
@@ -50,8 +55,8 @@ def write_report(
     formats: Collection[str] = DEFAULT_FORMATS,
     refresh_seconds: float | None = None,
 ) -> ReportFiles:
-    """Write report.html, .md, .csv and .parquet and plots/*.svg and *.png into ``folder``, created if need
-    be; of these what ``formats`` names.
+    """Write report.html, .md, .csv and .parquet, figures.csv, and plots/*.svg and *.png into ``folder``; of
+    these what ``formats`` names.
 
     ``refresh_seconds``: how often the page loads itself again, while runs go on. Raises BrokenFile where
     ``folder`` holds a triage.json or a forecast.json that is none.
@@ -73,6 +78,7 @@ def write_report(
         ),
         markdown=wrote("report.md", "markdown", lambda: markdown(comparison, triage, forecast)),
         csv=wrote("report.csv", "csv", lambda: csv(comparison)),
+        figures_csv=wrote("figures.csv", "csv", lambda: figures_csv(comparison)),
         parquet=wrote("report.parquet", "parquet", lambda: parquet(comparison)),
         plots=tuple(path for path in figures if path is not None),
     )

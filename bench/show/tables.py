@@ -19,13 +19,13 @@ from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, ou
 from bench.show.decision import decision_of
 from bench.show.differences import allowed_in_words, allowed_values, notes_on
 from bench.show.fit_markdown import card_blocks, forecast_blocks
+from bench.show.marks import best_legend
+from bench.show.ratios import ratio_blocks, ratio_tables, terminal_ratios
 from bench.show.stability_markdown import stability_blocks, triage_blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-
-BEST_LEGEND = "lowest measured of alike runs (tokens/s: highest)"
 
 
 # ---- terminal ------------------------------------------------------------------------------------
@@ -38,17 +38,21 @@ def terminal_table(comparison: Comparison) -> RenderableType:
 
     lines = [line for part in sections(comparison) for line in part.lines]
     reasons = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
+    marked = best_legend(comparison)
     legends = [
-        f"Bold: {BEST_LEGEND}." if any(line.best for line in lines) else "",
+        f"Bold: {marked}." if marked else "",
         "*: another dtype than asked for." if any(changed_dtype(line.first) for line in lines) else "",
         comparison.caveat,
     ]
     allowed = filter(None, [allowed_in_words(comparison)])
     below = [Text(text) for text in (*allowed, *reasons, " ".join(text for text in legends if text))]
     warned = [Text(f"Note: {warning}", style="yellow") for warning in comparison.warnings]
+    ratios: list[RenderableType] = []
+    for table in ratio_tables(comparison):
+        ratios += [terminal_ratios(table), Text(table.said), Text("")]
     decision = decision_of(comparison)
     choice = [Text(decision.sentence, style="bold"), Text("")] if decision else []
-    return Group(_grid(comparison), Text(""), *choice, *below, *warned)
+    return Group(_grid(comparison), Text(""), *ratios, *choice, *below, *warned)
 
 
 def _grid(comparison: Comparison) -> Table:
@@ -103,9 +107,10 @@ def markdown(comparison: Comparison, triage: Triage | None = None, forecast: For
         blocks.append(f"**{section.title}**\n\n{table}" if len(parts) > 1 else table)
     # Who stands apart is in the titles of these.
     blocks = _with_notes(blocks, filter(None, [allowed_in_words(comparison)]))
-    lines = [line for part in parts for line in part.lines]
-    if any(line.best for line in lines):
-        blocks.append(f"Bold: {BEST_LEGEND}.")
+    marked = best_legend(comparison)
+    if marked:
+        blocks.append(f"Bold: {marked}.")
+    blocks += _with_notes(ratio_blocks(comparison, escaped), notes_on(comparison))
     blocks.append(escaped(comparison.caveat))
     failed = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
     blocks += _bullets("Why they did not complete", failed)
