@@ -138,7 +138,7 @@ def show(
 def written_report(
     records: Sequence[Record],
     folder: Path,
-    allow: Collection[str],
+    allow: Collection[str] = (),
     baseline: str | None = None,
     formats: Collection[str] | None = None,
     refresh_seconds: float | None = None,
