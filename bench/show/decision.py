@@ -31,11 +31,19 @@ LEAD_TOGETHER: Mapping[str, str] = {MEMORY: "need the least memory", SPEED: "are
 class DecisionText:
     """What is said of the choice."""
 
-    sentence: str
+    lead: str
+    """Which backend, and at what price."""
+    rest: str
+    """Whether the gradients survived, and how sure that is; empty where there is no choice."""
     others: tuple[str, ...]
     """One line for each backend that could be chosen and does not lead in everything."""
     out: tuple[str, ...]
     """One line for each backend that is no choice, with its reason."""
+
+    @property
+    def sentence(self) -> str:
+        """Both in one."""
+        return f"{self.lead} {self.rest}".strip()
 
 
 def decision_of(comparison: Comparison) -> DecisionText | None:
@@ -43,10 +51,11 @@ def decision_of(comparison: Comparison) -> DecisionText | None:
     decision = decide(comparison)
     if decision is None:
         return None
-    best = decision.both
+    best, (lead, *more) = decision.both, _sentence(decision)
     rest = [one for one in decision.candidates if one not in best]
     return DecisionText(
-        sentence=" ".join(_sentence(decision)),
+        lead=lead,
+        rest=" ".join(more),
         others=tuple(_standing(one, decision) for one in rest),
         out=tuple(dict.fromkeys((
             *map(_broken, decision.broken),
