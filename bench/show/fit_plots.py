@@ -1,7 +1,7 @@
 """Figures of "Will it fit, how fast": cards against their size, and step time over depth with its forecast.
 
-``fit_plots(comparison, forecast, labels)`` gives those that there is data for; ``bench.show.plots`` takes them
-in.
+``fit_plots(comparison, forecast, labels)`` gives those that there is data for; ``bench.show.plots`` takes
+them in.
 """
 
 from __future__ import annotations

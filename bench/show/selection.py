@@ -1,4 +1,4 @@
-"""What the report shows of many runs: which kinds the figures draw, and which runs tables of single runs list.
+"""What is shown of many runs: which kinds the figures draw, and which runs the tables of single runs list.
 
 Up to `KINDS_DRAWN` kinds of run (labels) and `RUNS_LISTED` runs, everything is shown. Of more, a fixed rule
 chooses, and ``Selection`` says in words what was left out and where it is. The main table has a line for

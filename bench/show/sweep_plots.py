@@ -1,8 +1,9 @@
-"""Sweeps as small multiples: a figure over the values of one setting, a line for each backend, and a panel for
+"""Sweeps as small multiples: a figure over the values of a setting, a line for each backend, and a panel for
 each combination of the other settings, so that nothing is averaged over two of them.
 
 ``sweep_plots(rows, styles)`` draws memory, speed and the last loss for the settings in which runs of one
-backend differ. A run that did not complete is a cross on the top edge: how far a setting can be taken is a result.
+backend differ. A run that did not complete is a cross on the top edge: how far a setting can be taken is a
+result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bench.judge.rows import Row
 from bench.show.bands import Band, band_of, draw_band
 from bench.show.columns import GIB, number
 from bench.show.drawing import Plot, dressed, elided, finish, legend_below, new_figure
+from bench.show.owners import owner
 from bench.show.styles import Style
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 SETTINGS, PANELS, BACKENDS, VALUES = 3, 6, 8, 16
 """Settings that have figures, panels of a figure, backends in a panel, and values of a setting, at most."""
 COLUMNS = 2
+OF_SWEEP = "sweep-"
+"""How the names of its figures begin."""
 SAYS_NOTHING = ("unavailable", "interrupted")
 """Outcomes that say nothing of the setting."""
 PANEL_INCHES = 2.1
@@ -156,7 +160,8 @@ def _plot(sweep: Sweep, metric: Metric, styles: Mapping[str, Style]) -> Plot | N
         figure.supylabel(metric.axis, fontsize=11)
         legend_below(figure, legend)
         title = f"{metric.title} by {sweep.setting.replace('_', ' ')}"
-        return finish(figure, f"sweep-{metric.name}-{sweep.setting}", title, _words(title, sweep, bands))
+        name = f"{OF_SWEEP}{metric.name}-{owner(sweep.setting)}"
+        return finish(figure, name, title, _words(title, sweep, bands))
 
 
 def _panel(
