@@ -11,7 +11,7 @@ from bench.show.page import page
 from bench.show.report import write_report
 from tests.browser import find_browser, launched, opened
 from tests.fit_factory import forecast
-from tests.record_factory import eight_backends, fidelity, margin_runs, probed, triage
+from tests.record_factory import eight_backends, fidelity, margin_runs, probed, record, triage
 from tests.sweep_factory import sweep
 from tests.test_page import realistic_records
 
@@ -140,10 +140,14 @@ def test_a_mark_in_a_figure_and_the_name_of_a_row_highlight_too(browser, full):
     tab.close()
 
 
-def test_copying_settings(browser, full):
+def test_copying_settings(browser, tmp_path):
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    tab, faults = opened(context, full[1])
-    tab.locator("#repeat details", has_text="bnb-nf4-dq").first.locator("summary").click()
+    asked = {"options": {"quant_type": "nf4", "double_quantization": True}}
+    runs = [record("bnb-nf4-dq", ask=asked), record("bnb-nf4", ask={"options": {}})]
+    tab, faults = opened(context, write_report(compare(runs), tmp_path, ("html",)).html)
+    # A record that lacks options has no settings, and no guessed ones.
+    assert tab.locator("#repeat details").count() == 1
+    tab.locator("#repeat summary").click()
     tab.get_by_role("button", name="Copy the axolotl (YAML) settings of bnb-nf4-dq", exact=True).click()
     tab.get_by_text("Copied").wait_for()
     assert "load_in_4bit: true" in tab.evaluate("navigator.clipboard.readText()")

@@ -12,7 +12,7 @@ from bench.judge.comparison import Comparison
 from bench.record.forecast import Forecast
 from bench.record.triage import Configuration
 from bench.show.columns import COLUMNS
-from bench.show.configurations import configurations
+from bench.show.configurations import configurations, has_configurations
 from bench.show.owners import owner
 from bench.show.selection import Selection
 from bench.show.styles import assign_styles
@@ -88,5 +88,6 @@ def column_groups() -> tuple[ColumnGroup, ...]:
 def settings_of(chosen: Selection) -> dict[str, tuple[Configuration, ...]]:
     """Label -> a run of that kind as settings of other tools."""
     firsts = {row.label: row for row in reversed(chosen.listed)}
-    labels = [label for label in chosen.drawn if label in firsts][:SETTINGS_SHOWN]
-    return {label: configurations(firsts[label].record.request) for label in labels}
+    requests = {label: firsts[label].record.request for label in chosen.drawn if label in firsts}
+    told = {label: request for label, request in requests.items() if has_configurations(request)}
+    return {label: configurations(told[label]) for label in list(told)[:SETTINGS_SHOWN]}
