@@ -59,7 +59,10 @@ def browser():
         yield chromium
 
 
-@pytest.mark.parametrize("make", [committed, failures, with_triage, with_forecast, many_runs])
+# One page with most of what there is in the quick tests; each of the others takes as long again.
+@pytest.mark.parametrize("make", [
+    with_triage, *(pytest.param(make, marks=pytest.mark.soak) for make in (committed, failures, with_forecast, many_runs))
+])
 def test_axe_finds_nothing_grave(browser, tmp_path, make):
     script = files("axe_playwright_python").joinpath("axe.min.js").read_text(encoding="utf-8")
     path = make(tmp_path)

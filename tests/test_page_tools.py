@@ -80,7 +80,7 @@ def test_narrowing_down_a_sweep_by_dtype_and_settings(browser, swept):
 
     expected = sorted(line.summary.label for line in lines if fits(line))
     found = [" ".join(text.split()) for text in tab.locator(
-        "#comparison-table tbody tr[data-status]:visible th .settings").all_inner_texts()]  # fmt: skip
+        "#comparison-table tbody tr[data-status]:visible th .settings").all_text_contents()]  # fmt: skip
     assert len(expected) > 1
     assert sorted(f"hqq {text}" for text in found) == expected
     assert faults == []

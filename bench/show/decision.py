@@ -14,6 +14,7 @@ from bench.judge.comparison import Comparison
 from bench.judge.decision import MEMORY, SPEED, WEIGHED, Candidate, Decision, Difference, decide, is_reference
 from bench.judge.groups import Summary
 from bench.judge.rows import Row
+from bench.judge.stability import BAD
 from bench.show.columns import gib, number, outcome, words
 from bench.show.runs_shown import runs_shown
 
@@ -184,7 +185,9 @@ def _apart(comparison: Comparison) -> Iterator[str]:
     for group in comparison.groups[1:]:
         why = [f"{one.name} {one.here} instead of {one.there}" for one in group.differences[:NAMED]]
         for one in group.summaries:
-            if not is_reference(one):
+            if one.verdict.verdict in BAD and not is_reference(one):
+                yield _broken(one)
+            elif not is_reference(one):
                 yield f"{one.label}: stands apart ({'; '.join(why) or 'no repeat in common'})"
 
 

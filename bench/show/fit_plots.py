@@ -30,10 +30,12 @@ OF_FORECAST = "forecast-"
 
 
 def fit_plots(
-    comparison: Comparison, forecast: Forecast | None, labels: Collection[str]
+    comparison: Comparison, forecast: Forecast | None, labels: Collection[str] | None = None
 ) -> tuple[Plot, ...]:
-    """Every figure of the section that there is data for; ``labels``: the kinds of run that are drawn."""
-    uses = [use for use in uses_of(comparison) if use.row.label in labels]
+    """Every figure of the section that there is data for; ``labels``: the kinds of run that are
+    drawn; None: all.
+    """
+    uses = [use for use in uses_of(comparison) if labels is None or use.row.label in labels]
     drawn: list[Plot | None] = [measured_cards(uses)] if uses else []
     if forecast is not None:
         drawn.append(_step_by_depth(forecast))
