@@ -8,11 +8,9 @@ from bench.judge.comparison import compare
 from bench.record.triage import save_triage
 from bench.show.columns import COLUMNS, sections
 from bench.show.page import page
-from bench.show.report import write_report
 from tests.browser import find_browser, launched, opened
 from tests.fit_factory import forecast
 from tests.record_factory import eight_backends, fidelity, margin_runs, probed, record, triage
-from tests.sweep_factory import sweep
 from tests.test_page import realistic_records
 
 
@@ -36,12 +34,6 @@ def full(tmp_path_factory):
     return comparison, folder / "report.html"
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory):
-    comparison = compare(sweep(200))
-    return comparison, write_report(comparison, tmp_path_factory.mktemp("swept"), ("html",)).html
-
-
 def shown_lines(tab):
     return tab.locator("#comparison-table tbody tr[data-status]:visible")
 
@@ -62,27 +54,6 @@ def test_narrowing_down_by_outcome(browser, full):
     assert tab.locator("#outcomes tbody tr:visible").count() == 1
     tab.get_by_role("button", name="Show all").click()
     assert shown_lines(tab).count() == every == sum(len(part.lines) for part in sections(comparison))
-    assert faults == []
-    tab.close()
-
-
-def test_narrowing_down_a_sweep_by_dtype_and_settings(browser, swept):
-    comparison, path = swept
-    tab, faults = opened(browser, path)
-    choose(tab, "Dtype", "float16")
-    choose(tab, "Learning rate", "0.0001")
-    choose(tab, "Backend", "hqq")
-    lines = [line for part in sections(comparison) for line in part.lines]
-
-    def fits(line):
-        asked = line.first.record.request
-        return (asked.backend, asked.dtype, asked.optimizer.learning_rate) == ("hqq", "float16", 1e-4)
-
-    expected = sorted(line.summary.label for line in lines if fits(line))
-    found = [" ".join(text.split()) for text in tab.locator(
-        "#comparison-table tbody tr[data-status]:visible th .settings").all_text_contents()]  # fmt: skip
-    assert len(expected) > 1
-    assert sorted(f"hqq {text}" for text in found) == expected
     assert faults == []
     tab.close()
 
@@ -143,8 +114,10 @@ def test_a_mark_in_a_figure_and_the_name_of_a_row_highlight_too(browser, full):
 def test_copying_settings(browser, tmp_path):
     context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
     asked = {"options": {"quant_type": "nf4", "double_quantization": True}}
+    path = tmp_path / "report.html"
     runs = [record("bnb-nf4-dq", ask=asked), record("bnb-nf4", ask={"options": {}})]
-    tab, faults = opened(context, write_report(compare(runs), tmp_path, ("html",)).html)
+    path.write_text(page(compare(runs), ()), encoding="utf-8")
+    tab, faults = opened(context, path)
     # A record that lacks options has no settings, and no guessed ones.
     assert tab.locator("#repeat details").count() == 1
     tab.locator("#repeat summary").click()

@@ -18,6 +18,27 @@
     rules.replaceSync(Object.values(written).join("\n"));
   };
 
+  // ---- the first lines of very many
+
+  const LINES = 100;
+  let whole = false;
+  const more = byId("more");
+  const turn = () => {
+    let count = 0;
+    for (const body of table.tBodies) {
+      for (const row of body.rows) {
+        const fits = !row.hidden && !row.classList.contains("section");
+        count += fits;
+        row.classList.toggle("later", fits && !whole && count > LINES);
+      }
+      body.hidden = ![...body.rows].some((row) => !row.hidden && !row.classList.contains("section"));
+      const head = body.querySelector(".section");
+      head?.classList.toggle("later", ![...body.rows].some((row) => row !== head && !row.hidden && !row.classList.contains("later")));
+    }
+    more.hidden = whole || count <= LINES;
+    more.textContent = `Show the other ${count - LINES} lines`;
+  };
+
   // ---- sort
 
   const table = byId("comparison-table");
@@ -46,6 +67,7 @@
       const keyed = rows.map((row) => [keyOf(row, column, numeric), row]).sort(order);
       body.append(...keyed.map(([, row]) => row));
     }
+    turn();
   };
 
   heads.forEach((head, column) => {
@@ -69,6 +91,7 @@
     for (const body of bodies) {
       body.hidden = [...body.rows].every((row) => row.hidden || row.classList.contains("section"));
     }
+    turn();
     const left = kinds.filter(([row]) => !row.hidden).length;
     const narrowed = wanted.some((value) => value !== "");
     byId("found").textContent = narrowed ? `${left} of ${kinds.length} lines` : "";
@@ -90,7 +113,9 @@
     write("columns", cells.length ? `${cells.join(", ")} { display: none; }` : "");
   };
   boxes.forEach((box) => box.addEventListener("change", hideColumns));
+  more.addEventListener("click", () => { whole = true; turn(); });
   tools.hidden = false;
+  turn();
 
   // ---- highlight
 

@@ -28,23 +28,33 @@ class Selection:
     drawn: tuple[str, ...]
     """Labels that figures show."""
     listed: tuple[Row, ...]
-    """Runs that tables of single runs show, in the order of the comparison."""
+    """Runs that tables of stability show, in the order of the comparison."""
+    every: tuple[Row, ...]
+    """Runs that the other tables of single runs show: those that only narrow down a margin too."""
     drawn_note: str
     """What the figures leave out; empty: nothing."""
     listed_note: str
-    """What the tables of single runs leave out; empty: nothing."""
+    """What the tables of stability leave out; empty: nothing."""
+    every_note: str
+    """What the other tables of single runs leave out; empty: nothing."""
 
 
 def select(comparison: Comparison) -> Selection:
     """Choose by the rule that the notes tell."""
     shown = runs_shown(comparison)
     kinds = tuple(dict.fromkeys(row.label for row in shown))
-    drawn, listed = kinds, shown
+    drawn = kinds
     if len(kinds) > KINDS_DRAWN:
         drawn = tuple(_in_turn(_kinds_in_order(comparison, shown)))[:KINDS_DRAWN]
-    if len(shown) > RUNS_LISTED:
-        listed = _listed(shown)
-    return Selection(drawn, listed, _drawn_note(len(drawn), len(kinds)), _listed_note(listed, shown))
+    listed, every = _listed(shown), _listed(comparison.rows)
+    return Selection(
+        drawn,
+        listed,
+        every,
+        _drawn_note(len(drawn), len(kinds)),
+        _listed_note(listed, shown),
+        _listed_note(every, comparison.rows),
+    )
 
 
 def _kinds_in_order(comparison: Comparison, shown: Sequence[Row]) -> list[Row]:
