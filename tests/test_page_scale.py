@@ -39,14 +39,17 @@ def test_many_runs_stay_usable(tmp_path, runs, megabytes, open_seconds, sort_mil
     assert path.stat().st_size < megabytes * 1e6
     lines = [line for part in sections(comparison) for line in part.lines]
     with launched() as browser:
-        opened(browser, path)[0].close()
-        start = time.perf_counter()
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            opened(browser, path, viewport={"width": 1440, "height": 1000})[0].close()
+            took.append(time.perf_counter() - start)
+        # The least of three, here and below: what else the machine does is no slowness of the page.
+        assert min(took) < open_seconds
         tab, faults = opened(browser, path, viewport={"width": 1440, "height": 1000})
-        assert time.perf_counter() - start < open_seconds
         rows = tab.locator("#comparison-table tbody tr[data-status]")
         assert rows.count() == len(lines)
         place = [column.title for column in COLUMNS].index("Tokens/s")
-        # The least of three: what else the machine does is no pause of the page.
         assert min(tab.evaluate(SORT, place) for _ in range(3)) < sort_milliseconds
         tab.locator("#more").click()
         assert rows.locator("visible=true").count() == len(lines)

@@ -69,7 +69,7 @@ def test_every_figure_can_be_drawn_as_pixels() -> None:
 
 def test_only_what_is_asked_for_is_written(command: Command, folder: Path) -> None:
     paths = command.json("report", folder, "--format", "csv,parquet", "--format", "png")
-    assert set(paths) == {"csv", "parquet", "plots"}
+    assert set(paths) == {"csv", "figures_csv", "parquet", "plots"}
     written = {path.name for path in folder.iterdir() if "record" not in path.name}
     assert written == {"report.csv", "report.parquet", "plots"}
     assert {path.suffix for path in (folder / "plots").iterdir()} == {".png"}
@@ -77,7 +77,7 @@ def test_only_what_is_asked_for_is_written(command: Command, folder: Path) -> No
 
 def test_the_usual_formats_leave_out_what_is_slow_or_said_twice(command: Command, folder: Path) -> None:
     assert set(DEFAULT_FORMATS) < set(FORMATS)
-    assert set(command.json("report", folder)) == {"page", "markdown", "csv", "plots"}
+    assert set(command.json("report", folder)) == {"page", "markdown", "csv", "figures_csv", "plots"}
 
 
 def test_a_format_that_does_not_exist_is_refused_with_the_nearest(command: Command, folder: Path) -> None:

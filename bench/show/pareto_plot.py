@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.judge.comparison import Comparison
 from bench.judge.decision import MEMORY, SPEED, dominated
@@ -64,13 +65,13 @@ def pareto(comparison: Comparison, styles: Mapping[str, Style]) -> Plot | None:
         handles = {}
         for point in points:
             style, whose = styles[point.label], owner_id(point.label)
-            ink = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0, "gid": whose}
+            ink: Any = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0, "gid": whose}
             fill = style.color if point.verdict != "not_judged" else "none"
-            reach = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
+            reach: Any = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
             whiskers = axes.errorbar(*point.place, **reach, **ink, lw=1.2)
             for part in whiskers.get_children():
                 part.set_gid(whose)
-            mark = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
+            mark: Any = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
             (handles[point.label],) = axes.plot(*point.place, **mark, **ink)
             if point.verdict in BAD:
                 axes.plot(*point.place, ls="", marker="x", ms=15, mew=2, color=INK, gid=whose)
