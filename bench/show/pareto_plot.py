@@ -68,7 +68,8 @@ def pareto(comparison: Comparison, styles: Mapping[str, Style]) -> Plot | None:
             ink: Any = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0, "gid": whose}
             fill = style.color if point.verdict != "not_judged" else "none"
             reach: Any = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
-            whiskers = axes.errorbar(*point.place, **reach, **ink, lw=1.2)
+            x, y = point.place
+            whiskers = axes.errorbar(x, y, **reach, **ink, lw=1.2)
             for part in whiskers.get_children():
                 part.set_gid(whose)
             mark: Any = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
