@@ -159,6 +159,11 @@ def test_awq_on_cuda_is_told_how_to_be_allowed() -> None:
     ]  # fmt: skip
 
 
+def test_those_that_compute_in_the_same_other_dtype_stand_together() -> None:
+    made = [*eight_backends()[:-1], OTHER["dtype"](record("eetq"))]
+    assert labels(compare(made))[1:] == [["awq", "eetq"]]
+
+
 def test_a_failed_run_splits_nothing() -> None:
     broken = failed("hqq", "error", "load", "x", environment=environment(commit=NEW))
     assert len(compare([record("bf16"), broken]).groups) == 1
