@@ -74,8 +74,11 @@ class _Pile:
 
     def agrees(self, other: _Pile) -> bool:
         """Whether nothing known of both is different; of two with the same ``fixed``."""
-        drawn = all(self.drawn.get(repeat, values) == values for repeat, values in other.drawn.items())
-        return drawn and all(self.partial.get(place, value) == value for place, value in other.partial.items())
+        return all(
+            mine.get(place, value) == value
+            for mine, its in ((self.drawn, other.drawn), (self.partial, other.partial))
+            for place, value in its.items()
+        )
 
     def take(self, other: _Pile) -> None:
         """Have the runs of another that agrees."""

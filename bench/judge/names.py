@@ -1,6 +1,6 @@
 """Names of runs of one backend that differ in what was observed, and not in what was asked for.
 
-``tell_apart(rows)`` gives them; those that differ in what was asked for have theirs from ``bench.judge.labels``.
+``tell_apart(rows)`` gives them; what differs in what was asked for has its name from ``bench.judge.labels``.
 """
 
 from __future__ import annotations
