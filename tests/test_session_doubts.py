@@ -65,6 +65,23 @@ def test_one_backend_that_becomes_slower_is_no_drift_of_the_machine() -> None:
     assert not told(slow, "drifted")
 
 
+def at(made: Record, minute: int) -> Record:
+    return made.model_copy(update={"started_at": f"2026-10-01T12:{minute:02d}:00+00:00"})
+
+
+def test_repeats_that_did_not_take_turns_with_the_baseline_are_told() -> None:
+    def began(hqq: tuple[int, int]) -> list[Record]:
+        bf16 = [at(record("bf16", repeat=k), minute) for k, minute in enumerate((0, 10))]
+        return [*bf16, *(at(record("hqq", repeat=k), minute) for k, minute in enumerate(hqq))]
+
+    (warning,) = told(began((20, 30)), "not in turns")
+    assert warning.startswith("hqq: all repeats ran before or after all those of bf16")
+    assert not told(began((1, 11)), "not in turns")
+    assert not told(began((20, 30))[:3], "not in turns"), "one run has no ratio's interval"
+    odd = [one.model_copy(update={"started_at": "yesterday"}) for one in began((20, 30))]
+    assert not told(odd, "not in turns")
+
+
 def test_steps_of_two_kinds_are_told_with_both_times() -> None:
     turns = (*steps("hqq")[:2], *(step(i, seconds=0.3 + 0.1 * (i % 2) + 0.0001 * i) for i in range(2, 10)))
     (warning,) = told([record("hqq", steps=turns)], "of two kinds")
