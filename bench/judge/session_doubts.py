@@ -84,9 +84,9 @@ def _of_the_order(group: Group) -> Iterator[str]:
     apart = [label for label, span in spans.items() if span and (span[0] > base[1] or span[1] < base[0])]
     if apart:
         yield (
-            f"{', '.join(apart)}: all repeats ran before or after all those of {group.baseline}, not in turns "
-            "with them, so whatever changed on the machine in between is in the ratio. Run them again with one "
-            "command and --force."
+            f"{', '.join(apart)}: all repeats ran before or after all those of {group.baseline}, not in "
+            "turns with them, so whatever changed on the machine in between is in the ratio. Run them again "
+            "with one command and --force."
         )
 
 
