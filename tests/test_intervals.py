@@ -186,6 +186,16 @@ def test_the_interval_holds_the_true_ratio_about_as_often_as_it_says(
 
 
 @pytest.mark.parametrize("count", [3, 5, 10])
+def test_noise_of_one_side_only_is_covered_somewhat_less_often(count: int) -> None:
+    """As the docstring admits: this must not become worse unnoticed."""
+    rng = random.Random(13)
+    truth = math.exp(0.03)
+    many = [[(math.exp(skewed(rng)), math.exp(rng.gauss(0, 0.002))) for _ in range(count)] for _ in range(600)]
+    held = sum(r.interval.low <= truth <= r.interval.high for r in paired_ratios(many) if r.interval)
+    assert 0.86 <= held / 600 <= 0.95
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
 def test_two_sessions_of_the_same_rarely_differ(count: int) -> None:
     rng = random.Random(12)
     trials = 120

@@ -15,6 +15,7 @@ from bench.ask.experiment import Workload
 from bench.probe import surroundings
 from bench.probe.surroundings import SHORTEST_SECONDS, Look, Witness
 from bench.record.schema import Memory
+from bench.run.ranks import Ranks
 from bench.run.told import Told
 from tests.fake_nvml import FakeCard, FakeNvml
 from tests.record_factory import request
@@ -188,6 +189,18 @@ def test_what_a_worker_tells_of_its_allocator_is_kept() -> None:
         told.take({"event": "allocator", "counts": {"allocator_retries": retries, "allocator_ooms": 0}})
     memory = Memory.model_validate(told.memory)
     assert (memory.allocator_retries, memory.allocator_ooms) == (2, 0)
+
+
+@pytest.mark.parametrize(("second", "sums"), [(3, (5, 1)), (None, (None, None))])
+def test_the_troubles_of_all_ranks_are_added_up_where_all_tell(second: int | None, sums: tuple[Any, Any]) -> None:
+    ranks, told = Ranks(2), Told()
+    for rank, retries in enumerate((2, second)):
+        counts = {"allocator_retries": retries, "allocator_ooms": rank}
+        for _ in ranks.take(rank, {"event": "allocator", "counts": counts}) if retries else ():
+            pass
+    ranks.settle(told)
+    memory = Memory.model_validate(told.memory)
+    assert (memory.allocator_retries, memory.allocator_ooms) == sums
 
 
 def test_guests_are_not_counted_twice_and_waiting_is_not_busy(monkeypatch: pytest.MonkeyPatch) -> None:
