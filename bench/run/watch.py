@@ -1,7 +1,7 @@
 """What looks on while a step is trained: the probes, the finder of the first failure, and what it keeps.
 
 ``bench.run.training`` calls it; with no `Watch` the same loop runs unobserved, which is how its cost is
-measured (``make overhead``).
+measured (``make probes``).
 """
 
 from __future__ import annotations
