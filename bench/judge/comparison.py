@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from bench.judge.conditions import Condition, find_conditions
 from bench.judge.doubts import caveat, warnings
 from bench.judge.groups import Group, find_groups
+from bench.judge.ranking import check_baseline
 from bench.judge.rows import Row, make_rows
 from bench.record.schema import Record
 
@@ -39,10 +40,16 @@ class Comparison:
         return tuple(row for row in self.rows if not row.completed)
 
 
-def compare(records: Iterable[Record]) -> Comparison:
-    """Derive every figure from ``records`` and find out which of them may stand side by side."""
+def compare(records: Iterable[Record], baseline: str | None = None) -> Comparison:
+    """Derive every figure from ``records`` and find out which of them may stand side by side.
+
+    ``baseline``: the label that ratios are to; the unquantized backend, else the first, where it is None or
+    not in a group. Raises UserError where no completed run has it.
+    """
     rows = make_rows(list(records))
     completed = [row for row in rows if row.completed]
-    groups = find_groups(completed)
+    if baseline is not None:
+        check_baseline(baseline, [row.label for row in completed], [row.label for row in rows])
+    groups = find_groups(completed, baseline)
     conditions = find_conditions(completed)
     return Comparison(rows, groups, conditions, caveat(groups), warnings(rows, groups, conditions))

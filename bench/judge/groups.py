@@ -1,4 +1,4 @@
-"""Completed runs that did the same work: who belongs together, medians over repeats, best marks.
+"""Completed runs that did the same work: who belongs together, medians over repeats, ratios and ranks.
 
 Figures are compared within a group only.
 """
@@ -10,7 +10,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bench.ask.reference import REFERENCE_BACKEND
 from bench.judge.conditions import CHECKS
+from bench.judge.intervals import NOISE_MARGIN
+from bench.judge.ranking import Ranking, Standing, choose_baseline, rank_figure
 from bench.judge.rows import Row, median
 from bench.judge.stability import GRAVITY, Verdict
 
@@ -27,6 +30,8 @@ FIGURES: Mapping[str, Literal["lowest", "highest"] | None] = {
     "gradient_norm_max": None,
 }
 """Row field -> its better end. Losses and gradient norms have none: so few steps are no training result."""
+EXACT = ("storage_bits_per_weight",)
+"""Counted, not measured: any difference is one."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,35 @@ class Group:
 
     summaries: tuple[Summary, ...]
     best: Mapping[str, tuple[str, ...]]
-    """Row field -> labels that have its lowest (or highest) value; empty where all are equal."""
+    """Row field -> everyone in the first place. Where nothing is ranked: who has the lowest (or highest)
+    median. Empty where nobody differs."""
+    baseline: str
+    """The label that ratios are to."""
+    rankings: Mapping[str, Ranking]
+    """Row field -> where each label stands."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """Every run of the group."""
         return tuple(row for summary in self.summaries for row in summary.rows)
 
+    @property
+    def ranked(self) -> bool:
+        """Whether there are enough repeats for any rank."""
+        return any(ranking.best is not None for ranking in self.rankings.values())
 
-def find_groups(completed: Sequence[Row]) -> tuple[Group, ...]:
-    """Partition completed runs into those that did the same work, largest group first."""
-    return tuple(_group(rows) for rows in _alike(completed))
+    def standing(self, field: str, label: str) -> Standing | None:
+        """Where a label stands in a figure; None where it does not have it."""
+        ranking = self.rankings.get(field)
+        return ranking.standings.get(label) if ranking else None
+
+
+def find_groups(completed: Sequence[Row], baseline: str | None = None) -> tuple[Group, ...]:
+    """Partition completed runs into those that did the same work, largest group first.
+
+    ``baseline``: the label that ratios are to, in the groups that have it.
+    """
+    return tuple(_group(rows, baseline) for rows in _alike(completed))
 
 
 # ---- who belongs together ------------------------------------------------------------------------
@@ -121,12 +144,29 @@ def _gathered(piles: Sequence[_Pile], link: Callable[[Row], Hashable]) -> list[_
 # ---- medians and marks ---------------------------------------------------------------------------
 
 
-def _group(rows: Sequence[Row]) -> Group:
+def _group(rows: Sequence[Row], wanted: str | None) -> Group:
     by_label: dict[str, list[Row]] = {}
     for row in rows:
         by_label.setdefault(row.label, []).append(row)
     summaries = tuple(summarize(label, members) for label, members in by_label.items())
-    return Group(summaries, {field: _best(summaries, field) for field, end in FIGURES.items() if end})
+    baseline = choose_baseline(list(by_label), wanted, REFERENCE_BACKEND)
+    rankings = {field: _ranking(summaries, field, baseline) for field in FIGURES}
+    best = {field: rankings[field].best for field, end in FIGURES.items() if end}
+    return Group(
+        summaries,
+        {field: _extreme(summaries, field) if first is None else first for field, first in best.items()},
+        baseline,
+        rankings,
+    )
+
+
+def _ranking(summaries: Sequence[Summary], field: str, baseline: str) -> Ranking:
+    values = {
+        summary.label: {row.repeat: v for row in summary.rows if (v := getattr(row, field)) is not None}
+        for summary in summaries
+        if field in summary.figures
+    }
+    return rank_figure(values, baseline, FIGURES[field], 0.0 if field in EXACT else NOISE_MARGIN)
 
 
 def summarize(label: str, rows: Sequence[Row]) -> Summary:
@@ -150,7 +190,7 @@ def _gravest(rows: Sequence[Row]) -> Verdict:
     return Verdict(worst.verdict, f"{share} of {len(rows)} runs: {worst.reason}")
 
 
-def _best(summaries: Sequence[Summary], field: str) -> tuple[str, ...]:
+def _extreme(summaries: Sequence[Summary], field: str) -> tuple[str, ...]:
     values = {
         summary.label: spread.median
         for summary in summaries

@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import cache
+from typing import Any, Final, Literal
 
 LEVEL: Final = 0.95
 """How often such an interval holds the true ratio, where the repeats are independent of one another."""
@@ -32,10 +33,16 @@ NOISE_MARGIN: Final = 0.01
 tensor bytes, take 0."""
 RESAMPLES: Final = 2000
 """Of the bootstrap: its ends then scatter by some 2 % of the width from seed to seed."""
+AT_ONCE: Final = 4_000_000
+"""Values drawn at once (32 MB), so that thousands of ratios need no more memory than some."""
 SEED: Final = 0
 """Of the resampling: the same figures give the same interval every time."""
 
 Direction = Literal["lower", "higher"]
+Pairs = Sequence[tuple[float, float]]
+"""(value, the baseline's value of the same repeat)."""
+Ends = tuple[float, float]
+"""Of an interval of a log ratio."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +87,37 @@ def differs(ratio: Ratio, margin: float) -> Direction | None:
     return "higher" if ratio.interval.low > 1 + margin else None
 
 
-def paired_ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
+def paired_ratio(pairs: Pairs, level: float = LEVEL) -> Ratio:
     """The ratio over pairs of (value, baseline's value), each of the same repeat.
 
-    Raises ``ValueError`` where there is no pair.
+    ``level``: of the interval, where it is not `LEVEL`. Raises ``ValueError`` where there is no pair.
     """
-    if not pairs:
+    return paired_ratios([pairs], level)[0]
+
+
+def paired_ratios(many: Sequence[Pairs], level: float = LEVEL) -> list[Ratio]:
+    """As `paired_ratio`, for many at once: those of as many pairs share their resamples, which is faster."""
+    if not all(many):
         raise ValueError("a ratio needs at least one pair")
-    if not all(_measurable(figure) for pair in pairs for figure in pair):
-        return Ratio(math.nan, None, len(pairs))
-    logs = [math.log(value) - math.log(base) for value, base in pairs]
-    return _ratio((logs,), len(pairs))
+    logs = [
+        [math.log(value) - math.log(base) for value, base in pairs]
+        if all(_measurable(figure) for pair in pairs for figure in pair)
+        else None
+        for pairs in many
+    ]
+    scattered = [found for found in logs if found and len(found) > 1 and not _equal(found)]
+    resampled = iter(_bootstraps(scattered, level))
+    made = []
+    for found, pairs in zip(logs, many, strict=True):
+        if found is None:
+            made.append(Ratio(math.nan, None, len(pairs)))
+        else:
+            middle = _mean(found)
+            hull = None if len(pairs) < 2 else (middle, middle)
+            if hull and not _equal(found):
+                hull = _hull(middle, _student((found,), middle, level), next(resampled))
+            made.append(_ratio(middle, hull, len(pairs)))
+    return made
 
 
 def unpaired_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
@@ -103,7 +130,13 @@ def unpaired_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
     pairs = min(len(values), len(base))
     if not all(_measurable(figure) for figure in (*values, *base)):
         return Ratio(math.nan, None, pairs)
-    return _ratio(([math.log(value) for value in values], [math.log(value) for value in base]), pairs)
+    samples = [math.log(value) for value in values], [math.log(value) for value in base]
+    middle = _mean(samples[0]) - _mean(samples[1])
+    if pairs < 2:
+        return _ratio(middle, None, pairs)
+    if all(_equal(logs) for logs in samples):
+        return _ratio(middle, (middle, middle), pairs)
+    return _ratio(middle, _hull(middle, _student(samples, middle, LEVEL), _bootstrap(samples)), pairs)
 
 
 def _measurable(figure: float) -> bool:
@@ -111,53 +144,77 @@ def _measurable(figure: float) -> bool:
     return math.isfinite(figure) and figure > 0
 
 
-Samples = tuple[Sequence[float], ...]
-"""The log ratios of the pairs; or the logarithms of either side."""
+def _equal(logs: Sequence[float]) -> bool:
+    """Whether they are one value: rounding scatters equal ratios by an ulp or two."""
+    return max(logs) - min(logs) <= 8 * sys.float_info.epsilon * max(1.0, *map(abs, logs))
 
 
-def _ratio(samples: Samples, pairs: int) -> Ratio:
-    """The estimate and the hull of both intervals, back from the logarithms."""
-    middle = _mean(samples[0]) - (_mean(samples[1]) if len(samples) > 1 else 0.0)
-    if pairs < 2:
-        return Ratio(_exp(middle), None, pairs)
-    # Rounding scatters equal ratios by an ulp or two; that is no scatter of the runs.
-    rounding = 8 * sys.float_info.epsilon
-    if all(max(logs) - min(logs) <= rounding * max(1.0, *map(abs, logs)) for logs in samples):
-        return Ratio(_exp(middle), Interval(_exp(middle), _exp(middle)), pairs)
-    ends = (_student(samples, middle), _bootstrap(samples))
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    return Ratio(_exp(middle), Interval(_exp(min(low, middle)), _exp(max(high, middle))), pairs)
+def _hull(middle: float, *intervals: Ends) -> Ends:
+    """From the lowest to the highest end; the estimate is never outside."""
+    return min(middle, *(low for low, _ in intervals)), max(middle, *(high for _, high in intervals))
 
 
-def _student(samples: Samples, middle: float) -> tuple[float, float]:
+def _ratio(middle: float, ends: Ends | None, pairs: int) -> Ratio:
+    """Back from the logarithms."""
+    return Ratio(_exp(middle), None if ends is None else Interval(*map(_exp, ends)), pairs)
+
+
+def _student(samples: Sequence[Sequence[float]], middle: float, level: float) -> Ends:
     """Student's t; of two samples Welch's, with the degrees of freedom of Welch and Satterthwaite."""
-    from scipy.stats import t
-
     parts = [_squared_error(logs) for logs in samples]
     error = math.fsum(parts)
     # As shares of the whole: squares of tiny errors would underflow.
     shares = math.fsum(
         (part / error) ** 2 / (len(logs) - 1) for part, logs in zip(parts, samples, strict=True)
     )
-    reach = float(t.ppf((1 + LEVEL) / 2, 1 / shares)) * math.sqrt(error)
+    reach = _student_quantile((1 + level) / 2, 1 / shares) * math.sqrt(error)
     return middle - reach, middle + reach
 
 
-def _bootstrap(samples: Samples) -> tuple[float, float]:
-    """Percentiles of the resampled mean, or of the difference of both means."""
+@cache
+def _student_quantile(probability: float, degrees: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(probability, degrees))
+
+
+def _bootstraps(many: Sequence[Sequence[float]], level: float) -> list[Ends]:
+    """Percentiles of the resampled mean of each sample; those of one length are resampled alike."""
+    import numpy
+
+    found: dict[int, Ends] = {}
+    by_length: dict[int, list[int]] = {}
+    for place, logs in enumerate(many):
+        by_length.setdefault(len(logs), []).append(place)
+    for length, places in by_length.items():
+        batch = max(1, AT_ONCE // (RESAMPLES * length))
+        for start in range(0, len(places), batch):
+            part = places[start : start + batch]
+            ends = _percentiles(([many[place] for place in part],), numpy.mean, level)
+            found |= dict(zip(part, ends, strict=True))
+    return [found[place] for place in range(len(many))]
+
+
+def _bootstrap(samples: Sequence[Sequence[float]]) -> Ends:
+    """Percentiles of the resampled difference of two means."""
+
+    def difference(one: Any, other: Any, axis: int) -> Any:
+        return one.mean(axis=axis) - other.mean(axis=axis)
+
+    return _percentiles(samples, difference, LEVEL)[0]
+
+
+def _percentiles(samples: Sequence[Any], statistic: Callable[..., Any], level: float) -> list[Ends]:
+    """scipy's bootstrap over the last axis of the samples: the ends for each place of the others."""
     import numpy
     from scipy.stats import bootstrap
 
-    def statistic(*drawn: numpy.ndarray, axis: int) -> numpy.ndarray:
-        means = [sample.mean(axis=axis) for sample in drawn]
-        found: numpy.ndarray = means[0] if len(means) == 1 else means[0] - means[1]
-        return found
-
     found = bootstrap(
-        samples, statistic, n_resamples=RESAMPLES, vectorized=True, confidence_level=LEVEL,
+        samples, statistic, n_resamples=RESAMPLES, vectorized=True, axis=-1, confidence_level=level,
         method="percentile", rng=numpy.random.default_rng(SEED),
-    )  # fmt: skip
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    ).confidence_interval  # fmt: skip
+    low, high = numpy.atleast_1d(found.low), numpy.atleast_1d(found.high)
+    return list(zip(map(float, low), map(float, high), strict=True))
 
 
 def _squared_error(logs: Sequence[float]) -> float:

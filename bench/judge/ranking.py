@@ -1,0 +1,116 @@
+"""Where each backend of a group stands: its ratio to the baseline, and a rank that says no more than the
+intervals do.
+
+``rank_figure(values, baseline, end, margin)`` compares one figure. A backend's rank is 1 plus the number of
+backends that are surely better; where intervals overlap, none is, and they tie.
+
+Ranks hold together: their intervals are widened so that all comparisons with the baseline are right at once
+with the probability `LEVEL` (Bonferroni's correction). Without that, one of eight equal backends would be
+ranked apart in every fourth session: each single interval misses the truth in one of twenty.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.errors import UserError, unknown
+from bench.judge.intervals import LEVEL, Interval, Ratio, paired_ratios
+
+End = Literal["lowest", "highest"]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where one backend stands in one figure."""
+
+    ratio: Ratio | None
+    """To the baseline, over the repeats that both completed. None: they share none."""
+    rank: int | None = None
+    """1 plus the number of backends that are surely better. None: the figure has no better end, or there is
+    no interval (one run, or a value that is not finite)."""
+    tied: bool = False
+    """Whether at least one other backend cannot be told apart from it."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All backends of a group in one figure."""
+
+    standings: Mapping[str, Standing]
+    """By label; a label that has no such figure is absent."""
+    resolution: float | None = None
+    """How far from the baseline a backend must have been to be ranked apart, as a factor above 1: half of
+    the median interval, with the margin. None: nothing was ranked."""
+
+    @property
+    def best(self) -> tuple[str, ...] | None:
+        """Everyone in the first place; empty where that is everyone ranked. None: nothing was ranked."""
+        ranks = {label: one.rank for label, one in self.standings.items() if one.rank is not None}
+        if not ranks:
+            return None
+        first = tuple(label for label, rank in ranks.items() if rank == 1)
+        return first if len(first) < len(ranks) else ()
+
+
+def rank_figure(
+    values: Mapping[str, Mapping[int, float]], baseline: str, end: End | None, margin: float
+) -> Ranking:
+    """Compare one figure of several backends.
+
+    ``values``: label -> repeat -> the figure. ``end``: which is better, None where neither is. ``margin``:
+    how close two may be and still tie (0.01: 1 %).
+    """
+    base = values.get(baseline, {})
+    pairs = {
+        label: [(value, base[repeat]) for repeat, value in sorted(own.items()) if repeat in base]
+        for label, own in values.items()
+    }
+    shared = {label: found for label, found in pairs.items() if found}
+    ratios = dict(zip(shared, paired_ratios(list(shared.values())), strict=True))
+    known = [label for label, ratio in ratios.items() if ratio.interval is not None]
+    if end is None or len(known) < 2:
+        return Ranking({label: Standing(ratios.get(label)) for label in values})
+    level = 1 - (1 - LEVEL) / (len(known) - 1)
+    widened = paired_ratios([shared[label] for label in known], level)
+    intervals = {label: ratio.interval for label, ratio in zip(known, widened, strict=True) if ratio.interval}
+    standings = {label: _standing(label, ratios.get(label), intervals, end, margin) for label in values}
+    others = [interval for label, interval in intervals.items() if label != baseline]
+    return Ranking(standings, statistics.median(_half(one) * (1 + margin) for one in others))
+
+
+def _standing(
+    label: str, ratio: Ratio | None, intervals: Mapping[str, Interval], end: End, margin: float
+) -> Standing:
+    own = intervals.get(label)
+    if own is None:
+        return Standing(ratio)
+    apart = [other for other in intervals.values() if not own.overlaps(other, margin)]
+    better = sum((other.high < own.low) == (end == "lowest") for other in apart)
+    return Standing(ratio, 1 + better, len(apart) < len(intervals) - 1)
+
+
+def _half(interval: Interval) -> float:
+    """Half of an interval of a ratio, as a factor."""
+    return math.sqrt(interval.high / interval.low) if 0 < interval.low < interval.high else 1.0
+
+
+def choose_baseline(labels: Sequence[str], wanted: str | None, default: str) -> str:
+    """The label that a group is compared with: the wanted one, else ``default``'s first, else the first."""
+    if wanted in labels:
+        return wanted
+    return next((label for label in labels if label.partition(" (")[0] == default), labels[0])
+
+
+def check_baseline(wanted: str, completed: Sequence[str], failed: Sequence[str]) -> None:
+    """Raise UserError where ``wanted`` is no label of a run that completed."""
+    if wanted in completed:
+        return
+    if wanted in failed:
+        raise UserError(
+            f"baseline '{wanted}' has no completed run", f"completed: {', '.join(dict.fromkeys(completed))}"
+        )
+    raise unknown("baseline", wanted, dict.fromkeys(completed))
