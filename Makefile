@@ -71,6 +71,9 @@ overhead: smollm2 ## The harness's loop beside one by hand, in 18 fresh processe
 	  $(BIN)/qlora-bench overhead --preset $$preset --json results/local/overhead-$$preset.json $(FLAGS) || exit $$?; \
 	done
 
+truth: $(READY) ## Known answers: planted delays, memory, leaks and lies, each measured or refused (half an hour)
+	$(BIN)/python -m tests.truth --json results/local/truth.json $(FLAGS)
+
 probes: $(READY) ## Time what each probe costs, within one process (FLAGS="--preset ... --rounds ... --all")
 	$(BIN)/python -m bench.run.probe_cost $(FLAGS)
 
