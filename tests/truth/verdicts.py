@@ -62,17 +62,21 @@ def judge_ties(records: Sequence[Record], twins: tuple[str, str], repeats: int) 
         ratios = [pair[1].ratio for pair in standings if pair[1] and pair[1].ratio]
         widest = max((_half(ratio) for ratio in ratios), default=math.nan)
         furthest = max((abs(math.log(ratio.estimate)) for ratio in ratios), default=math.nan)
+        # Shows what no single comparison could: whether the second of two runs in a row is slower by itself.
+        whole = _standings(records, twins, figure)[1]
+        overall = whole.ratio if whole else None
         findings.append(
             Finding(
                 f"the same twice: {figure}",
                 f"{len(blocks)} ties of {repeats} repeats each",
                 f"{ties} ties; furthest estimate {100 * math.expm1(furthest):.2f} % from 1, widest interval "
-                f"+-{100 * math.expm1(widest):.2f} %",
+                f"+-{100 * math.expm1(widest):.2f} %" + (f"; over all {_percent(overall)}" if overall else ""),
                 right=ties == len(blocks) > 0,
                 values={
                     "comparisons": len(blocks),
                     "ties": ties,
                     "ratios": [_ratio_values(ratio) for ratio in ratios],
+                    "overall": _ratio_values(overall) if overall else None,
                 },
             )
         )
