@@ -133,7 +133,7 @@ class Subject:
         try:
             yield self._step
         finally:
-            trainer.watch.ranges.remove()
+            trainer.watch.remove()
             trainer.watch = None
 
     def _observed(self) -> AbstractContextManager[Callable[[], object]]:

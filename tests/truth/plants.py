@@ -60,10 +60,12 @@ def leak(session: Session, amount: Amount) -> Iterator[Finding]:
     yield verdicts.judge_leak(records, PLAIN, "planted-leaks", LEAK_MIB * MIB)
 
 
-def other_layers(session: Session, amount: Amount) -> Iterator[Finding]:
-    """What the proof refuses; the toy is enough for that."""
-    refused = ("bad-secretly-dense", "planted-skips-layers", "planted-trains-the-base", "bad-cuts-the-graph")
-    records = session.run("refused", refused)
+def refused(session: Session, amount: Amount) -> Iterator[Finding]:
+    """What is proven to be another training than it says, and refused."""
+    changed = ("planted-other-data-behind-the-reader", "planted-other-ids-in-the-model")
+    liars = ("bad-secretly-dense", "planted-skips-layers", "planted-trains-the-base", "bad-cuts-the-graph",
+             *changed)  # fmt: skip
+    records = session.run("refused", liars)
     yield verdicts.judge_refused(
         records, "bad-secretly-dense", "16 bits per weight under the name of 4.5", "quantized",
         "holds 16.000 bits per weight, the arithmetic says 4.500",
@@ -79,6 +81,10 @@ def other_layers(session: Session, amount: Amount) -> Iterator[Finding]:
     yield verdicts.judge_refused(
         records, "bad-cuts-the-graph", "no gradient passes a layer", "gradients_reach_adapters", "gradient",
     )  # fmt: skip
+    for name in changed:
+        yield verdicts.judge_refused(
+            records, name, "other ids than those of the digest", "data_consumed", "not those of the digest"
+        )
 
 
 def hidden_weights(session: Session, amount: Amount) -> Iterator[Finding]:
@@ -105,7 +111,7 @@ def other_adapters(session: Session, amount: Amount) -> Iterator[Finding]:
 PLANTS: dict[str, Callable[[Session, Amount], Iterator[Finding]]] = {
     "other-data": other_data,
     "other-adapters": other_adapters,
-    "other-layers": other_layers,
+    "refused": refused,
     "hidden-weights": hidden_weights,
     "leak": leak,
     "held": held,
