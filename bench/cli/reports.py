@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline",
+    metavar="LABEL",
+    help="What ratios are to, where runs were repeated.  [default: bf16, else the first]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report's paths as JSON.")
-def report(folder: Path, as_json: bool) -> None:
+def report(folder: Path, baseline: str | None, as_json: bool) -> None:
     """Write the report (HTML, Markdown, CSV, plots) of the records in FOLDER."""
     from bench.record.store import Store
 
@@ -29,7 +34,7 @@ def report(folder: Path, as_json: bool) -> None:
         raise UserError(
             f"'{folder}' holds no records", "make some with: qlora-bench run --out " + str(folder)
         )
-    show(records, folder, as_json=False, quiet=True, paths_as_json=as_json)
+    show(records, folder, as_json=False, quiet=True, paths_as_json=as_json, baseline=baseline)
 
 
 @click.command()
@@ -49,14 +54,20 @@ def runs(folder: Path, as_json: bool) -> None:
 
 
 def show(
-    records: Sequence[Record], folder: Path, *, as_json: bool, quiet: bool, paths_as_json: bool = False
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    as_json: bool,
+    quiet: bool,
+    paths_as_json: bool = False,
+    baseline: str | None = None,
 ) -> None:
     """Write the report of ``records`` into ``folder``, and print what was asked for."""
     from rich.console import Console
 
     from bench.show.tables import terminal_table
 
-    comparison, files = written_report(records, folder)
+    comparison, files = written_report(records, folder, baseline)
     if as_json:
         print_records(records)
     elif paths_as_json:
@@ -66,6 +77,7 @@ def show(
                     "page": str(files.html),
                     "markdown": str(files.markdown),
                     "csv": str(files.csv),
+                    "figures_csv": str(files.figures_csv),
                     "plots": [str(path) for path in files.plots],
                 }
             )
@@ -76,8 +88,13 @@ def show(
         click.echo(f"report: {files.html}")
 
 
-def written_report(records: Sequence[Record], folder: Path) -> tuple[Comparison, ReportFiles]:
-    """Write the report of ``records``, and of the triage in ``folder`` where there is one."""
+def written_report(
+    records: Sequence[Record], folder: Path, baseline: str | None = None
+) -> tuple[Comparison, ReportFiles]:
+    """Write the report of ``records``, and of the triage in ``folder`` where there is one.
+
+    ``baseline``: the label that ratios are to. Raises UserError where no completed run has it.
+    """
     from bench.judge.comparison import compare
     from bench.record.forecast import forecasts_below
     from bench.record.triage import triages_below
@@ -87,7 +104,7 @@ def written_report(records: Sequence[Record], folder: Path) -> tuple[Comparison,
     aside = {key for triage in triages_below(folder) for key in triage.rung_keys}
     # A slice is no run of the model; it stands in the forecast.
     aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
-    comparison = compare([record for record in records if record.key not in aside] or records)
+    comparison = compare([record for record in records if record.key not in aside] or records, baseline)
     return comparison, write_report(comparison, folder)
 
 

@@ -8,6 +8,7 @@ from bench.judge.conditions import Condition
 from bench.judge.groups import Group
 from bench.judge.growth import find_leak
 from bench.judge.rows import Row
+from bench.judge.session_doubts import modes_of, of_a_run, of_the_session
 
 FEW_STEPS = 5
 """Fewer measured steps than this are warned about."""
@@ -21,15 +22,19 @@ SHAPE_BESIDE_THE_MLP = ("model_type", "hidden_size", "num_hidden_layers", "num_a
 
 ONE_RUN = (
     "Each backend ran once, and one run gives no interval: small differences cannot be ranked, and a mark "
-    "means the lowest or highest value measured, no more. Use --repeats 3 or more to see the spread."
+    "means the lowest or highest value measured, no more. Use --repeats 5 to see the spread and to rank."
 )
 SOME_ONE_RUN = (
-    "Some backends ran only once, and one run gives no interval: their small differences cannot be ranked. "
-    "Use --repeats 3 or more for every backend to see the spread."
+    "Some backends ran only once, and one run gives no interval: they have no rank, and could be anywhere "
+    "among the others. Use --repeats 5 for every backend."
 )
 REPEATED = (
-    "Figures are medians over the runs of a backend, with the lowest and highest run beside them. "
-    "Where two ranges overlap, the difference cannot be ranked."
+    "Figures are medians over the runs of a backend, with the lowest and highest run beside them. Ratios are "
+    "taken repeat by repeat; where their intervals overlap, backends tie."
+)
+TOO_FEW_REPEATS = (
+    "Two runs give intervals so wide that little can be told apart: use --repeats 5 before anything is "
+    "concluded from a tie."
 )
 NOTHING_COMPLETED = "No run completed, so there is nothing to compare."
 
@@ -41,7 +46,8 @@ def caveat(groups: Sequence[Group]) -> str:
         return NOTHING_COMPLETED
     if max(runs) == 1:
         return ONE_RUN
-    return f"{REPEATED} {SOME_ONE_RUN}" if min(runs) == 1 else REPEATED
+    parts = (REPEATED, max(runs) == 2 and TOO_FEW_REPEATS, min(runs) == 1 and SOME_ONE_RUN)
+    return " ".join(part for part in parts if part)
 
 
 def warnings(
@@ -54,6 +60,7 @@ def warnings(
         *_of_padding(completed),
         *_of_the_setting(rows),
         *_few_steps(completed),
+        *of_the_session(groups, completed),
         *(f"{row.name}: {text}" for row in completed for text in _of_a_run(row)),
         *(f"{row.name}: {leak.sentence}" for row in rows if (leak := find_leak(row.record))),
         *(f"{row.name}: {breach}" for row in rows for breach in row.record.proof.breaches),
@@ -147,8 +154,10 @@ def _few_steps(completed: Sequence[Row]) -> Iterator[str]:
 
 
 def _of_a_run(row: Row) -> Iterator[str]:
+    yield from of_a_run(row)
     low, high = row.step_seconds_min, row.step_seconds_max
-    if low and high and high / low > UNSTEADY_FACTOR:
+    # Steps of two kinds have been told of already.
+    if low and high and high / low > UNSTEADY_FACTOR and modes_of(row) is None:
         yield (
             f"the slowest measured step took {high / low:.2g} times as long as the fastest "
             f"({high:.3g} s against {low:.3g} s). Close other programs, raise --steps, and run again."

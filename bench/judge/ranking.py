@@ -4,9 +4,13 @@ intervals do.
 ``rank_figure(values, baseline, end, margin)`` compares one figure. A backend's rank is 1 plus the number of
 backends that are surely better; where intervals overlap, none is, and they tie.
 
-Ranks hold together: their intervals are widened so that all comparisons with the baseline are right at once
-with the probability `LEVEL` (Bonferroni's correction). Without that, one of eight equal backends would be
-ranked apart in every fourth session: each single interval misses the truth in one of twenty.
+Two backends tie where their intervals overlap as they are shown. That is strict: each interval must hold its
+own miss, so equal backends are set apart far more rarely than once in twenty times (Schenker and Gentleman
+2001, "On Judging the Significance of Differences by Examining the Overlap Between Confidence Intervals", The
+American Statistician 55(3)). The baseline has no interval of its own, for its ratio is 1 by definition; so
+against it the others' intervals are widened until all of them hold at once with the probability `LEVEL`
+(Bonferroni's correction). Without that one of eight equal backends would be set apart in every fourth session
+with exact figures (tests/test_ranking.py simulates it).
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ class Ranking:
     """By label; a label that has no such figure is absent."""
     resolution: float | None = None
     """How far from the baseline a backend must have been to be ranked apart, as a factor above 1: half of
-    the median interval, with the margin. None: nothing was ranked."""
+    the median widened interval, with the margin. None: nothing was ranked."""
 
     @property
     def best(self) -> tuple[str, ...] | None:
@@ -76,21 +80,24 @@ def rank_figure(
         return Ranking({label: Standing(ratios.get(label)) for label in values})
     level = 1 - (1 - LEVEL) / (len(known) - 1)
     widened = paired_ratios([shared[label] for label in known], level)
-    intervals = {label: ratio.interval for label, ratio in zip(known, widened, strict=True) if ratio.interval}
-    standings = {label: _standing(label, ratios.get(label), intervals, end, margin) for label in values}
-    others = [interval for label, interval in intervals.items() if label != baseline]
+    wide = {label: ratio.interval for label, ratio in zip(known, widened, strict=True) if ratio.interval}
+    shown = {label: ratio.interval for label, ratio in ratios.items() if ratio.interval}
+    standings = {}
+    for label in values:
+        ratio = ratios.get(label)
+        if label not in shown:
+            standings[label] = Standing(ratio)
+            continue
+        met = [
+            (wide[label], wide[other]) if baseline in (label, other) else (shown[label], shown[other])
+            for other in shown
+            if other != label
+        ]
+        apart = [(own, other) for own, other in met if not own.overlaps(other, margin)]
+        better = sum((other.high < own.low) == (end == "lowest") for own, other in apart)
+        standings[label] = Standing(ratio, 1 + better, len(apart) < len(met))
+    others = [interval for label, interval in wide.items() if label != baseline]
     return Ranking(standings, statistics.median(_half(one) * (1 + margin) for one in others))
-
-
-def _standing(
-    label: str, ratio: Ratio | None, intervals: Mapping[str, Interval], end: End, margin: float
-) -> Standing:
-    own = intervals.get(label)
-    if own is None:
-        return Standing(ratio)
-    apart = [other for other in intervals.values() if not own.overlaps(other, margin)]
-    better = sum((other.high < own.low) == (end == "lowest") for other in apart)
-    return Standing(ratio, 1 + better, len(apart) < len(intervals) - 1)
 
 
 def _half(interval: Interval) -> float:
@@ -109,8 +116,9 @@ def check_baseline(wanted: str, completed: Sequence[str], failed: Sequence[str])
     """Raise UserError where ``wanted`` is no label of a run that completed."""
     if wanted in completed:
         return
-    if wanted in failed:
+    if wanted in failed or not completed:
         raise UserError(
-            f"baseline '{wanted}' has no completed run", f"completed: {', '.join(dict.fromkeys(completed))}"
+            f"baseline '{wanted}' has no completed run",
+            f"completed: {', '.join(dict.fromkeys(completed)) or 'none'}",
         )
     raise unknown("baseline", wanted, dict.fromkeys(completed))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.record.preflight import HOST, CardFindings, CopyCheck, Preflight
+from bench.record.surroundings import SLOWING_REASONS
 
 GIB = 2**30
 UNEXPLAINED_BYTES = GIB // 2
 """Memory in use that is warned about where no process is seen with it: about what one CUDA context takes."""
-SLOWING_REASONS = ("hardware slowdown", "temperature", "power brake", "held back")
-"""Beginnings of the throttle reasons that are no ordinary state of a busy card; its power limit is one."""
 REPAIR = (
     "Turn the IOMMU off or pass it through (iommu=pt on the kernel's command line), switch off ACS in the "
     "BIOS, update the driver or take the peer-to-peer patch out of it, and check bridges and slots"

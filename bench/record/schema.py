@@ -8,7 +8,8 @@ Schema history
     1   first version; fields added since have a null or empty default, which older records get:
         the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
         the placement over several devices and ranks, the cache of quantized models, the preflight,
-        the proof that the data which was told is the data that was trained on
+        the proof that the data which was told is the data that was trained on,
+        the surroundings of the measured steps, the allocator's retries
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bench.record.placement import PlacementFacts
 from bench.record.preflight import Preflight
 from bench.record.recorded import Bytes, Recorded, Seconds
 from bench.record.stability import Fidelity, FirstFailure, Replay, StepProbe, StressedPair
+from bench.record.surroundings import Surroundings
 
 SCHEMA_VERSION: Final = 1
 
@@ -188,6 +190,11 @@ class Memory(Recorded):
     """The step whose forward, backward and optimizer phases were read (a warm-up step)."""
     process_peak_resident_bytes: Bytes | None = None
     """Highest resident memory of the worker over its whole life; of several, of the one with the most."""
+    allocator_retries: int | None = None
+    """CUDA: how often the allocator gave its unused blocks back and asked again, during the measured steps,
+    on all devices. Null on a CPU, and in records made before it was counted."""
+    allocator_ooms: int | None = None
+    """CUDA: how often it was out of memory in spite of that."""
 
 
 class Step(Recorded):
@@ -273,6 +280,8 @@ class Record(Recorded):
     lora: LoraFacts | None = None
     workload: WorkloadFacts | None = None
     memory: Memory = Memory()
+    surroundings: Surroundings | None = None
+    """Null where no measured step ended, and in records made before anybody looked."""
     proof: Proof = Proof()
     steps: tuple[Step, ...] = ()
     trainable_weights_finite: bool | None = None

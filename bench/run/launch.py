@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.probe.machine import REPOSITORY
+from bench.probe.surroundings import Witness
 from bench.record.depths import DepthTimes
 from bench.record.schema import Record
 from bench.run.events import parse_event
@@ -52,7 +53,7 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
                 told = Told()
         if told.status is None and not ending.timed_out and ending.exit_code == 0:
             order = _with_reference(order, listener)
-            ending = _train(order, told, listener)
+            ending = _witnessed(order, told, listener)
     except KeyboardInterrupt:
         interrupted = True
     record = record_of(
@@ -88,6 +89,17 @@ def work_alone(
     """
     told = Told()
     return told, _work(order, told, listener, time.monotonic(), work)
+
+
+def _witnessed(order: Order, told: Told, listener: Listener) -> Ending:
+    """The run itself, and what else went on on the machine meanwhile."""
+    witness = Witness(order.request)
+    try:
+        return _train(order, told, witness.beside(listener))
+    finally:
+        witness.close()
+        if witness.found is not None:
+            told.sections["surroundings"] = witness.found
 
 
 def _train(order: Order, told: Told, listener: Listener) -> Ending:

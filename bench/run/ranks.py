@@ -187,8 +187,14 @@ class Ranks:
             for name in ("readings", "bytes_by_kind")
         }
         peaks = [one.told.memory.get("process_peak_resident_bytes") for one in self.all]
+        counts = {
+            name: sum(known)
+            for name in ("allocator_retries", "allocator_ooms")
+            if len(known := [m[name] for one in self.all if name in (m := one.told.memory)]) == len(self.all)
+        }
         return {
             **lists,
+            **counts,
             "phase_step": self.all[0].told.memory.get("phase_step"),
             "process_peak_resident_bytes": highest(peaks),
         }

@@ -187,6 +187,7 @@ class Run:
         self, adapters: Adapters, loaded: Loaded, reader: WorkloadReader, probe: MemoryProbe
     ) -> Trainer:
         from bench.load.proof import gradient_breaches
+        from bench.probe.allocator import AllocatorTrouble
         from bench.probe.environment import describe_environment
         from bench.probe.gradients import all_finite
         from bench.probe.memory import bytes_by_kind, count_gradients
@@ -208,6 +209,7 @@ class Run:
             adapters, loaded.built.layers, broken, probe.devices[0], trainer.dtype, fine=self.request.trace
         )
         gradient_bytes: dict[str, int] = {}
+        trouble = AllocatorTrouble(probe.devices)
 
         def check_gradients() -> None:
             gradient_bytes.update(count_gradients(adapters.tensors, loaded.built.layout))
@@ -228,6 +230,9 @@ class Run:
             self.telling.consumed(trainer.reader.share_digest, watch.consumed.digest)
             self.telling.failure(watch.finder.found)
             self.channel.send("process_peak", bytes=probe.process_peak_bytes())
+            counts = trouble.after_step(warmup=step.warmup)
+            if counts is not None:
+                self.channel.send("allocator", counts=counts)
 
         try:
             train(trainer, probe, on_step, check_gradients)

@@ -45,6 +45,8 @@ class Told:
                 self.memory["bytes_by_kind"] = event["value"]
             case "process_peak":
                 self.memory["process_peak_resident_bytes"] = event["bytes"]
+            case "allocator":
+                self.memory |= event["counts"]
             case "outcome":
                 self.status, self.message = event["status"], event["message"]
 

@@ -7,13 +7,14 @@ a value that is not finite is written out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bench.judge.comparison import Comparison
 from bench.judge.groups import Spread, Summary, summarize
 from bench.judge.rows import Row
 from bench.judge.scaler import spelt
+from bench.show.marks import ranks_of
 
 MISSING = "–"  # noqa: RUF001  (an en dash is meant)
 GIB = 2**30
@@ -26,7 +27,9 @@ class Line:
 
     summary: Summary
     best: frozenset[str]
-    """Fields in which this line has the lowest (or highest) value measured in its group."""
+    """Fields in which it is first (`Group.best`)."""
+    ranks: Mapping[str, str]
+    """Field -> its rank in words, where there are repeats enough for one."""
 
     @property
     def first(self) -> Row:
@@ -49,11 +52,15 @@ def sections(comparison: Comparison) -> tuple[Section, ...]:
     for place, group in enumerate(comparison.groups, start=1):
         title = f"Group {place} of {count}: runs that did the same work"
         lines = tuple(
-            Line(summary, frozenset(field for field, labels in group.best.items() if summary.label in labels))
+            Line(
+                summary,
+                frozenset(field for field, labels in group.best.items() if summary.label in labels),
+                ranks_of(group, summary.label),
+            )
             for summary in group.summaries
         )
         found.append(Section(title if count > 1 else "Completed, all with the same work", lines))
-    failed = tuple(Line(summarize(row.name, [row]), frozenset()) for row in comparison.failures)
+    failed = tuple(Line(summarize(row.name, [row]), frozenset(), {}) for row in comparison.failures)
     if failed:
         found.append(Section("Did not complete", failed))
     return tuple(found)

@@ -27,9 +27,11 @@ from bench.show.drawing import Plot
 from bench.show.fit_section import fit_section
 from bench.show.ladder import HEALS, evidence_in_words, rung_in_words
 from bench.show.margin import bits_in_words, dtype_in_words, ending_in_words
+from bench.show.marks import best_legend
 from bench.show.page_facts import environment_facts, make_cell
 from bench.show.page_top import VERDICTS, count, headline, is_synthetic, make_tiles, models_of, setting
 from bench.show.plots import plots
+from bench.show.ratios import ratio_tables
 from bench.show.runs_shown import margins_of, runs_shown
 from bench.show.stability_view import factor_in_words
 
@@ -48,6 +50,7 @@ TERMS = {
 """Backend -> half a sentence; a backend from elsewhere has none."""
 
 FIGURES_OF = {
+    "ratio": ("ratio-step-time", "ratio-peak-memory", "ratio-load-time"),
     "memory": ("memory-by-phase", "bytes-by-kind"),
     "time": ("throughput", "step-time"),
     "curve": ("loss", "gradient-norm"),
@@ -90,6 +93,8 @@ def page(
             comparison=comparison,
             columns=COLUMNS,
             sections=sections(comparison),
+            ratio_tables=ratio_tables(comparison),
+            mark_means=best_legend(comparison),
             cells=lambda line: [(column, make_cell(column, line)) for column in COLUMNS],
             changed_dtype=changed_dtype,
             terms=TERMS,

@@ -24,7 +24,7 @@ class Cell:
     value: str
     """What it is sorted by, empty where there is nothing to sort by."""
     mark: str
-    """"lowest" or "highest" where it is the best measured, else empty."""
+    """Where it is first: its rank, or "lowest" or "highest" where nothing is ranked; else empty."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ def make_cell(column: Column, line: Line) -> Cell:
     value = column.number(line)
     # A value that is not finite has no place in an order: it is sorted last, like a missing one.
     sortable = repr(value) if value is not None and math.isfinite(value) else ""
-    mark = FIGURES[column.field] if column.field in line.best else None
+    field = column.field
+    rank = line.ranks.get(field) if field else None
+    mark = (f"rank {rank}" if rank else FIGURES[field]) if field and field in line.best else None
     text, _, beside = column.text(line).partition(" (") if column.numeric else (column.text(line), "", "")
     return Cell(text, beside.rstrip(")"), sortable, mark or "")
 

@@ -12,6 +12,7 @@ from bench.show.drawing import Plot, assign_styles
 from bench.show.fit_plots import fit_plots
 from bench.show.heat_map import headroom_maps
 from bench.show.memory_plots import bytes_by_kind, memory_by_phase
+from bench.show.ratio_plots import ratio_plots
 from bench.show.runs_shown import margins_of, runs_shown
 from bench.show.stability_plots import fidelity_by_layer, margin_bars
 from bench.show.step_plots import GRADIENT_NORM, LOSS, STEP_TIME, THROUGHPUT, curves, strip
@@ -25,6 +26,7 @@ def plots(comparison: Comparison, forecast: Forecast | None = None) -> tuple[Plo
     # The repeats of one backend lie together.
     rows = sorted(runs_shown(comparison), key=lambda row: labels.index(row.label))
     drawn = (
+        *ratio_plots(comparison, styles),
         *fit_plots(comparison, forecast),
         memory_by_phase(rows, styles),
         bytes_by_kind(rows),

@@ -17,13 +17,13 @@ from bench.record.forecast import Forecast
 from bench.record.triage import Triage
 from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
 from bench.show.fit_markdown import fit_blocks
+from bench.show.marks import best_legend
+from bench.show.ratios import ratio_blocks, ratio_tables, terminal_ratios
 from bench.show.stability_markdown import stability_blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
-
-BEST_LEGEND = "lowest measured of alike runs (tokens/s: highest)"
 
 
 # ---- terminal ------------------------------------------------------------------------------------
@@ -36,14 +36,18 @@ def terminal_table(comparison: Comparison) -> RenderableType:
 
     lines = [line for part in sections(comparison) for line in part.lines]
     reasons = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
+    marked = best_legend(comparison)
     legends = [
-        f"Bold: {BEST_LEGEND}." if any(line.best for line in lines) else "",
+        f"Bold: {marked}." if marked else "",
         "*: another dtype than asked for." if any(changed_dtype(line.first) for line in lines) else "",
         comparison.caveat,
     ]
     below = [Text(text) for text in (*reasons, " ".join(text for text in legends if text))]
     warned = [Text(f"Note: {warning}", style="yellow") for warning in comparison.warnings]
-    return Group(_grid(comparison), Text(""), *below, *warned)
+    ratios: list[RenderableType] = []
+    for table in ratio_tables(comparison):
+        ratios += [terminal_ratios(table), Text(table.said), Text("")]
+    return Group(_grid(comparison), Text(""), *ratios, *below, *warned)
 
 
 def _grid(comparison: Comparison) -> Table:
@@ -92,9 +96,10 @@ def markdown(comparison: Comparison, triage: Triage | None = None, forecast: For
         align = ["right" if column.numeric else "left" for column in COLUMNS]
         table = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
         blocks.append(f"**{section.title}**\n\n{table}" if len(parts) > 1 else table)
-    lines = [line for part in parts for line in part.lines]
-    if any(line.best for line in lines):
-        blocks.append(f"Bold: {BEST_LEGEND}.")
+    marked = best_legend(comparison)
+    if marked:
+        blocks.append(f"Bold: {marked}.")
+    blocks += ratio_blocks(comparison, escaped)
     blocks.append(escaped(comparison.caveat))
     failed = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
     blocks += _bullets("Why they did not complete", failed)
