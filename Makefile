@@ -13,7 +13,7 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability soak lint check overhead proxy gpu-72b wheel lock clean
+.PHONY: help bench report smollm2 test stability soak lint check overhead probes truth proxy gpu-72b wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -66,8 +66,16 @@ lint: $(READY) ## ruff and mypy --strict
 
 check: lint test ## What CI runs before the proxy benchmark
 
-overhead: $(READY) ## Time the harness's loop and its probes (FLAGS="--preset ... --rounds ... --all")
-	$(BIN)/python -m bench.run.overhead $(FLAGS)
+overhead: smollm2 ## The harness's loop beside one by hand, in 18 fresh processes a preset (half an hour on 2 cores)
+	for preset in proxy smollm2-135m; do \
+	  $(BIN)/qlora-bench overhead --preset $$preset --json results/local/overhead-$$preset.json $(FLAGS) || exit $$?; \
+	done
+
+truth: $(READY) ## Known answers: planted delays, memory, leaks and lies, each measured or refused (half an hour)
+	$(BIN)/python -m tests.truth --json results/local/truth.json $(FLAGS)
+
+probes: $(READY) ## Time what each probe costs, within one process (FLAGS="--preset ... --rounds ... --all")
+	$(BIN)/python -m bench.run.probe_cost $(FLAGS)
 
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
 	$(BIN)/qlora-bench run --preset proxy --backend all --steps 5 --force --out results/local/ci

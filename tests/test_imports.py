@@ -29,7 +29,7 @@ QUANTIZATION_LIBRARIES = {"bitsandbytes", "hqq", "gptqmodel", "eetq", "optimum",
 PARENT_SIDE = ("bench.cli", "bench.run.arrange", "bench.run.launch", "bench.run.sweep", "bench.run.conformance", "bench.show.report",
                "bench.show.progress", "bench.judge.comparison", "bench.record.store", "bench.load.registry",
                "bench.ask.plan", "bench.ask.packing", "bench.ask.stress", "bench.ask.reference", "bench.load.fit", "bench.cli.plan",
-               "bench.show.footprint", "bench.cli.diagnose", "bench.cli.forecast", "bench.run.forecast", "bench.run.outlooks",
+               "bench.show.footprint", "bench.cli.diagnose", "bench.cli.forecast", "bench.cli.overhead", "bench.run.overhead", "bench.run.forecast", "bench.run.outlooks",
                "bench.run.preflight", "bench.run.placing", "bench.run.sources", "bench.probe.cards",
                "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine")  # fmt: skip
 

@@ -16,6 +16,7 @@ from bench.cli.diagnose import diagnose
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.forecast import forecast
 from bench.cli.margin import margin
+from bench.cli.overhead import overhead
 from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
@@ -45,7 +46,9 @@ def cli() -> None:
     """
 
 
-for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, watch, runs):
+for command in (
+    run, plan, forecast, triage, margin, diagnose, backends, check, report, watch, runs, overhead,
+):  # fmt: skip
     cli.add_command(command)
 
 

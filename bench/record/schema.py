@@ -8,6 +8,7 @@ Schema history
     1   first version; fields added since have a null or empty default, which older records get:
         the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
         the placement over several devices and ranks, the cache of quantized models, the preflight,
+        the proof that the data which was told is the data that was trained on,
         the surroundings of the measured steps, the allocator's retries
 """
 
@@ -238,6 +239,9 @@ class Proof(Recorded):
     gradients_reach_adapters: bool | None = None
     """After the first backward every adapter tensor has a gradient, and no B's is zero everywhere (A's is
     zero while B is)."""
+    data_consumed: bool | None = None
+    """In every step the model's embedding received the token ids whose digest is recorded, and the loop used
+    the labels and masks that belong to them. Null in records made before this was proven."""
     first_gradients_finite: bool | None = None
     """Whether those gradients are finite. Not a breach where they are not: it is the run's result."""
     weights_finite: bool | None = None

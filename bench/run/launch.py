@@ -80,13 +80,15 @@ def time_depths(order: Order, listener: Listener = lambda event: None) -> DepthT
     return times_of(order, told, ending, started_at, time.monotonic() - began)
 
 
-def work_alone(order: Order, work: str) -> tuple[Told, Ending]:
+def work_alone(
+    order: Order, work: str, listener: Listener = lambda event: None
+) -> tuple[Told, Ending]:
     """One worker process for ``work``, the worker's flag: what it told and how it ended.
 
     Raises KeyboardInterrupt after the worker has been stopped.
     """
     told = Told()
-    return told, _work(order, told, lambda event: None, time.monotonic(), work)
+    return told, _work(order, told, listener, time.monotonic(), work)
 
 
 def _witnessed(order: Order, told: Told, listener: Listener) -> Ending:

@@ -1,6 +1,7 @@
 """The child: one run in one fresh process, telling its parent everything as it happens.
 
-    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference | --depths | --preflight]
+    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference | --depths | --bare |
+                                                      --preflight]
 
 Started by ``bench.run.launch``. The order of what follows matters: the environment is settled before
 torch is imported, unneeded quantization libraries are hidden before transformers and PEFT are.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.load.registry import foreign_libraries, get_backend
+from bench.run.bare import BareRun
 from bench.run.card_checks import examine
 from bench.run.depths import DepthRun
 from bench.run.events import Channel
@@ -42,6 +44,7 @@ def main(arguments: list[str]) -> int:
         "--prepare": run.prepare,
         "--reference": run.make_reference,
         "--depths": run.time,
+        "--bare": lambda: BareRun(order, channel, watched, run.scratch).train_by_hand(),
         "--preflight": lambda: examine(channel, order.request.device_count),
     }
     try:
