@@ -101,13 +101,14 @@ def make_rows(records: Sequence[Record]) -> tuple[Row, ...]:
         label if runs[label] == 1 else f"{label} (repeat {record.request.repeat})"
         for record, label in zip(records, labels, strict=True)
     )
-    return tuple(_row(*parts) for parts in zip(records, labels, names, strict=True))
+    return tuple(make_row(*parts) for parts in zip(records, labels, names, strict=True))
 
 
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def _row(record: Record, label: str, name: str) -> Row:
+def make_row(record: Record, label: str, name: str) -> Row:
+    """The figures of one record, under names that were given to it among the others."""
     measured = measured_steps(record)
     seconds = [step.seconds for step in measured]
     norms = [step.gradient_norm for step in measured]
