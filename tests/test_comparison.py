@@ -131,13 +131,11 @@ def test_what_a_failed_run_did_not_reach_is_none_and_never_zero():
 # ---- alike or not
 
 
-def test_eight_backends_with_one_effective_dtype_declared_are_one_group():
+def test_a_dtype_that_was_honoured_differently_stands_in_a_group_of_its_own():
     comparison = compare(eight_backends())
-    assert len(comparison.groups) == 1
-    assert [(item.name, item.kind) for item in comparison.differences] == [("effective dtype", "declared")]
-    by_value = {value.text: value.names for value in comparison.differences[0].values}
-    assert by_value["float16"] == ("awq",)
-    assert any("float16: awq" in warning for warning in comparison.warnings)
+    assert [[row.label for row in group.rows] for group in comparison.groups][1:] == [["awq"]]
+    assert [(item.name, item.kind) for item in comparison.differences] == [("effective dtype", "breaking")]
+    assert {value.text: value.names for value in comparison.differences[0].values}["float16"] == ("awq",)
     assert f"awq: {AWQ_NOTE}" in comparison.warnings
 
 
@@ -150,7 +148,30 @@ BREAKING = {
     "device names": lambda r: changed(
         r, "environment", devices=(r.environment.devices[0].model_copy(update={"name": "NVIDIA L4"}),)
     ),
+    "power limit of the cards (W)": lambda r: changed(
+        r, "environment", devices=(r.environment.devices[0].model_copy(update={"power_limit_watts": 300.0}),)
+    ),
+    "driver of the cards": lambda r: changed(
+        r, "environment", devices=(r.environment.devices[0].model_copy(update={"driver": "580.10"}),)
+    ),
+    "processor": lambda r: changed(r, "environment", cpu="Intel Xeon"),
     "CPU threads": lambda r: changed(r, "environment", cpu_threads=4),
+    "allocator settings": lambda r: changed(
+        r, "environment", allocator_settings="expandable_segments:True"
+    ),
+    "placement": lambda r: changed(r, "request", placement="split"),
+    "optimizer.learning_rate": lambda r: changed(
+        r, "request", optimizer=r.request.optimizer.model_copy(update={"learning_rate": 1e-3})
+    ),
+    "every operation watched (--trace)": lambda r: changed(r, "request", trace=True),
+    "effective dtype": lambda r: changed(r, "quantization", effective_dtype="float16"),
+    "torch version": lambda r: changed(r, "environment", versions=r.environment.versions | {"torch": "2.15"}),
+    "qlora-bench version": lambda r: changed(
+        r, "environment", versions=r.environment.versions | {"qlora-bench": "0.2"}
+    ),
+    "Python version": lambda r: changed(r, "environment", python="3.12.1"),
+    "CUDA version": lambda r: changed(r, "environment", cuda="12.8"),
+    "harness commit": lambda r: changed(r, "environment", commit="abc"),
     "workload.sequence_length": lambda r: changed(r, "request", workload=Workload(sequence_length=8)),
     "checkpointing": lambda r: changed(r, "request", checkpointing="none"),
     "seed": lambda r: changed(r, "request", seed=77),
@@ -163,7 +184,7 @@ BREAKING = {
 
 @pytest.mark.parametrize("name", BREAKING)
 def test_a_breaking_difference_splits_the_rows_largest_group_first(name):
-    records = eight_backends()
+    records = [record(backend) for backend in FIGURES]
     records[4] = BREAKING[name](records[4])
     comparison = compare(records)
     assert name in [item.name for item in comparison.differences if item.kind == "breaking"]
@@ -175,9 +196,9 @@ def test_a_breaking_difference_splits_the_rows_largest_group_first(name):
 
 
 DECLARED = {
-    "torch version": lambda r: changed(r, "environment", versions=r.environment.versions | {"torch": "2.15"}),
-    "harness commit": lambda r: changed(r, "environment", commit="abc"),
     "uncommitted changes in the harness": lambda r: changed(r, "environment", dirty=True),
+    "quantized model loaded from cache": lambda r: changed(r, "load", from_cache=True),
+    "requested dtype": lambda r: changed(r, "request", dtype="float16"),
 }
 
 
@@ -199,7 +220,7 @@ def test_a_missing_digest_does_not_pass_for_an_equal_one():
 def test_digests_of_placed_weights_are_compared_within_one_effective_dtype():
     awq = changed(record("awq", quantization=quantization("awq", effective_dtype="float16")), "load",
                   weights_digest=digest("rounded"))  # fmt: skip
-    comparison = compare([record("bf16"), awq])
+    comparison = compare([record("bf16"), awq], {"dtype"})
     assert len(comparison.groups) == 1
     assert [item.name for item in comparison.differences] == ["effective dtype"]
 
@@ -233,7 +254,7 @@ def test_one_run_claims_no_rank():
 
 
 def test_repeats_give_the_median_and_the_range_over_runs():
-    comparison = compare(eight_backends(repeats=3))
+    comparison = compare(eight_backends(repeats=3), {"dtype"})
     assert comparison.caveat == REPEATED
     assert len(comparison.groups) == 1
     assert [item.name for item in comparison.differences] == ["effective dtype"]
@@ -318,7 +339,7 @@ def test_repeats_are_named_where_there_are_several():
     [
         ("environment", {"versions": {}}, "torch version", "not recorded"),
         ("environment", {"versions": {"torch": None}}, "torch version", "not installed"),
-        ("environment", {"commit": None}, "harness commit", "none"),
+        ("environment", {"commit": None}, "harness commit", "outside a checkout"),
         ("environment", {"dirty": True}, "uncommitted changes in the harness", "yes"),
         ("workload", {"digest": None}, "token ids, labels and masks (digest)", "not recorded"),
         ("request", {}, "layers kept", "all"),

@@ -177,7 +177,8 @@ def test_what_is_watched_tells_runs_apart_last():
     assert [found.label for found in only.rows] == ["hqq (fidelity=true)", "hqq (fidelity=false)"]
 
 
-def test_watching_everything_is_declared():
-    comparison = compare([record("bf16"), record("hqq", ask={"trace": True})])
-    assert [item.kind for item in comparison.differences] == ["declared"]
-    assert len(comparison.groups) == 1
+def test_step_times_with_the_watching_in_them_stand_apart():
+    records = [record("bf16"), record("hqq", ask={"trace": True})]
+    (found,) = compare(records).differences
+    assert (found.kind, found.family) == ("breaking", "trace")
+    assert [len(compare(records, allow).groups) for allow in ((), {"trace"})] == [2, 1]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench.cli.allow import allow_option
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.narrowed import Narrowed
 from bench.cli.reports import written_report
@@ -29,6 +30,7 @@ SHARED = {"preset", "dtype", "attention", "checkpointing", "workload", "lora", "
 
 @click.command(cls=Narrowed, without=("layers", "stress", "trace", "cache", "placement", "device_count"))
 @run_options
+@allow_option
 @click.option(
     "--slices", default="2,4", show_default=True, metavar="N,N[,N]", help="Layer counts that are measured."
 )
@@ -81,6 +83,7 @@ def forecast(
     from bench.run.forecast_plan import arrange_forecast, parse_subsets
     from bench.show.forecast import forecast_table
 
+    allow = flags.pop("allow")
     console = Console(stderr=as_json, quiet=quiet or as_json)
 
     def tell(line: str) -> None:
@@ -108,7 +111,7 @@ def forecast(
         wall_seconds=monotonic() - began,
     )
     path = save_forecast(plan.folder, found)
-    _, files = written_report(list(plan.full.store.records()), plan.folder)
+    _, files = written_report(list(plan.full.store.records()), plan.folder, allow)
     if as_json:
         click.echo(found.model_dump_json(indent=1))
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from bench.cli.allow import allow_option
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.narrowed import Narrowed
 from bench.cli.reports import written_report
@@ -16,6 +17,7 @@ from bench.cli.run import run_options
 
 @click.command(cls=Narrowed, without=("dtype", "stress", "repeats"))
 @run_options
+@allow_option
 @click.option(
     "--dtype",
     "dtypes",
@@ -34,7 +36,13 @@ from bench.cli.run import run_options
 @click.option("--quiet", is_flag=True, help="Print nothing but errors and the table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the margins as JSON instead of the table.")
 def margin(
-    dtypes: tuple[str, ...], module: str | None, max_bits: int, quiet: bool, as_json: bool, **flags: Any
+    allow: frozenset[str],
+    dtypes: tuple[str, ...],
+    module: str | None,
+    max_bits: int,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Measure the stability margin: the largest factor between two layers that training survives.
 
@@ -68,7 +76,7 @@ def margin(
         click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
         sys.exit(EXIT_INTERRUPTED)
     store = plan.sweep.store
-    _, files = written_report(list(store.records()), store.folder)
+    _, files = written_report(list(store.records()), store.folder, allow)
     margins = find_margins(runner.records, plan.module)
     if as_json:
         click.echo(json.dumps(margin_values(margins), indent=1))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from bench.cli.allow import allow_option
 from bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@allow_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report's paths as JSON.")
-def report(folder: Path, as_json: bool) -> None:
-    """Write the report (HTML, Markdown, CSV, plots) of the records in FOLDER."""
+def report(folder: Path, allow: frozenset[str], as_json: bool) -> None:
+    """Write the report (HTML, Markdown, CSV, plots) of the records in FOLDER.
+
+    Runs that are not alike stand in groups apart, the largest first; the report names what differs.
+    """
     from bench.record.store import Store
 
     records = list(Store(folder).records())
@@ -29,7 +34,7 @@ def report(folder: Path, as_json: bool) -> None:
         raise UserError(
             f"'{folder}' holds no records", "make some with: qlora-bench run --out " + str(folder)
         )
-    show(records, folder, as_json=False, quiet=True, paths_as_json=as_json)
+    show(records, folder, allow, as_json=False, quiet=True, paths_as_json=as_json)
 
 
 @click.command()
@@ -49,14 +54,23 @@ def runs(folder: Path, as_json: bool) -> None:
 
 
 def show(
-    records: Sequence[Record], folder: Path, *, as_json: bool, quiet: bool, paths_as_json: bool = False
+    records: Sequence[Record],
+    folder: Path,
+    allow: Collection[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+    paths_as_json: bool = False,
 ) -> None:
-    """Write the report of ``records`` into ``folder``, and print what was asked for."""
+    """Write the report of ``records`` into ``folder``, and print what was asked for.
+
+    ``allow``: differences with which runs are compared all the same (``--allow``).
+    """
     from rich.console import Console
 
     from bench.show.tables import terminal_table
 
-    comparison, files = written_report(records, folder)
+    comparison, files = written_report(records, folder, allow)
     if as_json:
         print_records(records)
     elif paths_as_json:
@@ -76,7 +90,9 @@ def show(
         click.echo(f"report: {files.html}")
 
 
-def written_report(records: Sequence[Record], folder: Path) -> tuple[Comparison, ReportFiles]:
+def written_report(
+    records: Sequence[Record], folder: Path, allow: Collection[str]
+) -> tuple[Comparison, ReportFiles]:
     """Write the report of ``records``, and of the triage in ``folder`` where there is one."""
     from bench.judge.comparison import compare
     from bench.record.forecast import forecasts_below
@@ -87,7 +103,7 @@ def written_report(records: Sequence[Record], folder: Path) -> tuple[Comparison,
     aside = {key for triage in triages_below(folder) for key in triage.rung_keys}
     # A slice is no run of the model; it stands in the forecast.
     aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
-    comparison = compare([record for record in records if record.key not in aside] or records)
+    comparison = compare([record for record in records if record.key not in aside] or records, allow)
     return comparison, write_report(comparison, folder)
 
 

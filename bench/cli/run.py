@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bench.cli.allow import allow_option, other_commits
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.reports import show
 
@@ -79,11 +80,14 @@ def run_options(function: Function) -> Function:
 
 @click.command()
 @run_options
+@allow_option
 @click.option("--no-preflight", is_flag=True, help="Do not look at the cards before the first run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors and the report's path.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
-def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
+def run(
+    allow: frozenset[str], no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: Any
+) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
     from rich.console import Console
 
@@ -96,7 +100,8 @@ def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: 
     console = Console(stderr=as_json, quiet=quiet or as_json)
     arranged = arrange(Asked(**flags))
     sweep = replace(arranged.sweep, examiner=Examiner(skip=True)) if no_preflight else arranged.sweep
-    console.print(arranged.headline, markup=False, highlight=False, soft_wrap=True)
+    for line in filter(None, (arranged.headline, other_commits(sweep, allow))):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _print_plan(sweep, as_json=as_json)
         return
@@ -110,7 +115,7 @@ def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: 
         sys.exit(EXIT_INTERRUPTED)
     paths = [sweep.store.path(request.key) for request in sweep.requests]
     records = [read_record(path) for path in paths]
-    show(records, sweep.store.folder, as_json=as_json, quiet=quiet)
+    show(records, sweep.store.folder, allow, as_json=as_json, quiet=quiet)
     if any(record.status != "completed" for record in records):
         sys.exit(EXIT_FAILED_RUNS)
 

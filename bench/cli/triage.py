@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bench.cli.allow import allow_option
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.narrowed import Narrowed
 from bench.cli.reports import written_report
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Narrowed, without=("repeats",))
 @run_options
+@allow_option
 @click.option(
     "--only",
     multiple=True,
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 )
 @click.option("--quiet", is_flag=True, help="Print nothing but errors and the result.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON instead of text.")
-def triage(only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any) -> None:
+def triage(
+    allow: frozenset[str], only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any
+) -> None:
     """Find the smallest change that heals a failing configuration, one change at a time.
 
     Takes the flags of run with exactly one --backend. Reproduces the failure in few steps, tries one change
@@ -61,7 +65,7 @@ def triage(only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any) -> N
         sys.exit(EXIT_INTERRUPTED)
     store = plan.sweep.store
     path = save_triage(store.folder, found)
-    _, files = written_report(list(store.records()), store.folder)
+    _, files = written_report(list(store.records()), store.folder, allow)
     if as_json:
         click.echo(found.model_dump_json(indent=1))
     else:

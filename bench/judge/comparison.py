@@ -1,13 +1,14 @@
 """Records side by side: derived figures, who did the same work as whom, and what must be said beside it.
 
-``compare(records)`` gives a `Comparison`, from which every table, plot and page is made.
+``compare(records, allow)`` gives a `Comparison`, from which every table, plot and page is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from bench.judge.alike import tell_apart
 from bench.judge.conditions import Condition, find_conditions
 from bench.judge.doubts import caveat, warnings
 from bench.judge.groups import Group, find_groups
@@ -22,7 +23,7 @@ class Comparison:
     rows: tuple[Row, ...]
     """One for each record; a run that failed is a row too."""
     groups: tuple[Group, ...]
-    """Completed runs that did the same work, largest group first."""
+    """Completed runs that are alike, largest group first."""
     conditions: tuple[Condition, ...]
     caveat: str
     """What may and may not be concluded from so many runs."""
@@ -34,15 +35,23 @@ class Comparison:
         return tuple(condition for condition in self.conditions if condition.differs)
 
     @property
+    def allowed(self) -> tuple[Condition, ...]:
+        """The differences that a person allowed: they are printed at every figure."""
+        return tuple(condition for condition in self.differences if condition.kind == "allowed")
+
+    @property
     def failures(self) -> tuple[Row, ...]:
         """The runs that did not complete."""
         return tuple(row for row in self.rows if not row.completed)
 
 
-def compare(records: Iterable[Record]) -> Comparison:
-    """Derive every figure from ``records`` and find out which of them may stand side by side."""
-    rows = make_rows(list(records))
+def compare(records: Iterable[Record], allow: Collection[str] = ()) -> Comparison:
+    """Derive every figure from ``records`` and find out which of them may stand side by side.
+
+    ``allow``: families of conditions (``bench.judge.families``) in which alike runs may differ.
+    """
+    rows = tell_apart(make_rows(list(records)))
     completed = [row for row in rows if row.completed]
-    groups = find_groups(completed)
-    conditions = find_conditions(completed)
+    groups = find_groups(completed, allow)
+    conditions = find_conditions(completed, allow)
     return Comparison(rows, groups, conditions, caveat(groups), warnings(rows, groups, conditions))

@@ -1,24 +1,28 @@
 """What should be the same for all completed runs, and who had which value.
 
-A condition is ``breaking`` where runs that differ in it did not do the same work, and ``declared`` where
-the figures may stand side by side as long as the difference is said there. ``CHECKS`` names them all.
+Runs that differ in a condition with a family (``bench.judge.families``) are not alike: ``breaking``, or
+``allowed`` where a person said so. Without a family it is ``declared``: said beside the figures, which may
+stand side by side all the same. ``checks_of(rows)`` names them all.
+
+Only what a run used can make it differ: the version of bitsandbytes is no condition of a run on HQQ.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from bench.ask.experiment import Lora, Optimizer, Workload
 from bench.ask.plan import HARNESS_LIBRARIES
 from bench.judge.rows import Row
-from bench.record.schema import Device
 
 NOT_RECORDED = "not recorded"
+NOT_INSTALLED = "not installed"
 
-Kind = Literal["breaking", "declared"]
+Kind = Literal["breaking", "allowed", "declared"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Condition:
     values: tuple[ConditionValue, ...]
     differs: bool
     """Some values differ where they must agree; seeded values must agree within a repeat only."""
+    family: str | None = None
+    """What allows it (``--allow``); None: it splits nothing."""
 
     @property
     def shown_identical(self) -> bool:
@@ -50,7 +56,7 @@ def _everywhere(row: Row) -> Hashable:
     return None
 
 
-def _same_repeat(row: Row) -> Hashable:
+def same_repeat(row: Row) -> Hashable:
     """A seed belongs to a repeat, and so does everything that is drawn from it."""
     return row.repeat
 
@@ -66,86 +72,151 @@ class Check:
     """Where one condition stands in a record; within ``scope`` its values must agree."""
 
     name: str
-    kind: Kind
+    family: str | None
     path: str
-    """Dotted, from the record on."""
+    """Dotted, from the record on; the parts of a list are read one by one."""
     scope: Callable[[Row], Hashable] = _everywhere
     null: str = "none"
     """What null means there."""
+    if_used: bool = False
+    """A run that says nothing of it has nothing to do with it."""
+    counted: bool = True
+    """Of a list: how many of its parts are equal matters too."""
+
+    @property
+    def of_every_repeat(self) -> bool:
+        """Whether all repeats of one backend must agree in it."""
+        return self.scope is _everywhere
 
     def read(self, row: Row) -> str:
         """The value of one run in words; a part that the record lacks is not a null."""
         value: object = row.record
-        for name in self.path.split("."):
-            if value is None or (isinstance(value, Mapping) and name not in value):
+        # Two dots at most: a library's own name may have some.
+        for name in self.path.split(".", 2):
+            if isinstance(value, tuple):
+                value = tuple(getattr(part, name) for part in value)
+            elif value is None or (isinstance(value, Mapping) and name not in value):
                 return NOT_RECORDED
-            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
-        return self.null if value is None else _text(value)
+            else:
+                value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+        if value is None or (isinstance(value, tuple) and all(part is None for part in value)):
+            return self.null
+        if isinstance(value, tuple) and not self.counted:
+            value = tuple(dict.fromkeys(value))
+        return _text(value)
 
+    def read_if_used(self, row: Row) -> str | None:
+        """The value of one run in words; None: the run has nothing to do with it."""
+        text = self.read(row)
+        return None if self.if_used and text == NOT_RECORDED else text
+
+
+ELSEWHERE = {
+    "lora.precision": "dtype",
+    # Four processes train what one does with four times as much; the digest tells whether they did.
+    "workload.gradient_accumulation_steps": "placement",
+}
+"""Settings that do not belong to the family of their group."""
+COVERED = {"workload.data"}
+"""Settings that say nothing more: one file has several paths, and one digest."""
 
 CHECKS = (
-    Check("token ids, labels and masks (digest)", "breaking", "workload.digest", _same_repeat, NOT_RECORDED),
-    Check("initial LoRA values (digest)", "breaking", "lora.initial_digest", _same_repeat),
-    Check("LoRA shapes (digest)", "breaking", "lora.shapes_digest"),
-    Check("unquantized weights (digest)", "breaking", "load.weights_digest", _same_placement),
-    Check("seed", "breaking", "request.seed", _same_repeat),
-    Check("model fingerprint", "breaking", "request.model.fingerprint"),
-    Check("weights", "breaking", "request.model.weights"),
-    Check("layers kept", "breaking", "request.model.layers", null="all"),
+    Check("token ids, labels and masks (digest)", "data", "workload.digest", same_repeat, NOT_RECORDED),
+    Check("initial LoRA values (digest)", "lora", "lora.initial_digest", same_repeat),
+    Check("unquantized weights (digest)", "model", "load.weights_digest", _same_placement),
+    Check("seed", "data", "request.seed", same_repeat),
+    Check("model fingerprint", "model", "request.model.fingerprint"),
+    Check("weights", "model", "request.model.weights"),
+    Check("layers kept", "model", "request.model.layers", null="all"),
+    Check("LoRA shapes (digest)", "lora", "lora.shapes_digest"),
     # As observed in the run, which may be another than was asked for.
-    Check("attention", "breaking", "workload.attention"),
-    Check("checkpointing", "breaking", "request.checkpointing"),
-    Check("device", "breaking", "request.device"),
-    Check("placement", "breaking", "request.placement"),
-    Check("devices of a run", "breaking", "request.device_count"),
-    Check("device names", "breaking", "environment.devices"),
-    Check("CPU threads", "breaking", "environment.cpu_threads"),
-    Check("data file (digest)", "breaking", "request.data_digest"),
+    Check("effective dtype", "dtype", "quantization.effective_dtype"),
+    Check("attention", "attention", "workload.attention"),
+    Check("checkpointing", "checkpointing", "request.checkpointing"),
+    Check("device", "measure", "request.device"),
+    Check("placement", "placement", "request.placement"),
+    Check("devices of a run", "placement", "request.device_count"),
+    Check("device names", "device", "environment.devices.name"),
+    Check("power limit of the cards (W)", "device", "environment.devices.power_limit_watts", counted=False),
+    Check("processor", "device", "environment.cpu"),
+    Check("CPU threads", "device", "environment.cpu_threads"),
+    Check("allocator settings", "device", "environment.allocator_settings", null="default"),
+    Check("data file (digest)", "data", "request.data_digest"),
     *(
-        Check(f"{group}.{field}", "breaking", f"request.{group}.{field}")
-        for group, model in (("workload", Workload), ("lora", Lora), ("optimizer", Optimizer))
+        Check(path, ELSEWHERE.get(path, family), f"request.{path}")
+        for group, family, model in (
+            ("workload", "data", Workload),
+            ("lora", "lora", Lora),
+            ("optimizer", "optimizer", Optimizer),
+        )
         for field in model.model_fields
+        if (path := f"{group}.{field}") not in COVERED
     ),
     # The function stays the same, and the numbers on the way, the subject of the comparison, do not.
-    Check("layers rescaled by --stress", "breaking", "request.stress"),
-    Check("every operation watched (--trace)", "declared", "request.trace"),
-    Check("quantized model loaded from cache", "declared", "load.from_cache", null="no cache asked for"),
-    Check("requested dtype", "declared", "request.dtype"),
-    Check("effective dtype", "declared", "quantization.effective_dtype"),
-    Check("harness commit", "declared", "environment.commit"),
-    Check("uncommitted changes in the harness", "declared", "environment.dirty"),
-    Check("Python version", "declared", "environment.python"),
-    Check("CUDA version", "declared", "environment.cuda"),
+    Check("layers rescaled by --stress", "stress", "request.stress"),
+    # Step times have the watching in them.
+    Check("every operation watched (--trace)", "trace", "request.trace"),
+    Check("harness commit", "commit", "environment.commit", null="outside a checkout"),
+    Check("qlora-bench version", "commit", "environment.versions.qlora-bench", null=NOT_INSTALLED),
+    Check("Python version", "versions", "environment.python"),
+    Check("CUDA version", "versions", "environment.cuda"),
+    Check("driver of the cards", "versions", "environment.devices.driver", counted=False),
     # One library a condition, so that a difference names the library.
     *(
-        Check(f"{name} version", "declared", f"environment.versions.{name}", null="not installed")
+        Check(f"{name} version", "versions", f"environment.versions.{name}", null=NOT_INSTALLED)
         for name in HARNESS_LIBRARIES
+        if name != "qlora-bench"
     ),
+    # Weights from the cache are equal to the bit, and their load has a column of its own.
+    Check("quantized model loaded from cache", None, "load.from_cache", null="no cache asked for"),
+    # What was computed in is a condition by itself.
+    Check("requested dtype", None, "request.dtype"),
+    # Two dirty runs of one commit may be of other code, and two that differ here may be of the same.
+    Check("uncommitted changes in the harness", None, "environment.dirty"),
 )
 
 
-def find_conditions(completed: Sequence[Row]) -> tuple[Condition, ...]:
-    """Every condition, with the values that the completed runs had."""
-    return tuple(_condition(check, completed) for check in CHECKS)
+def checks_of(rows: Iterable[Row]) -> tuple[Check, ...]:
+    """Every check, and one for each library that only some backends use."""
+    recorded = (row.record.environment.versions for row in rows if row.record.environment)
+    own = dict.fromkeys(name for versions in recorded for name in versions if name not in HARNESS_LIBRARIES)
+    of_backends = (
+        Check(f"{name} version", "versions", f"environment.versions.{name}", null=NOT_INSTALLED, if_used=True)
+        for name in own
+    )
+    return (*CHECKS, *of_backends)
 
 
-def _condition(check: Check, rows: Sequence[Row]) -> Condition:
+def find_conditions(completed: Sequence[Row], allow: Collection[str] = ()) -> tuple[Condition, ...]:
+    """Every condition, with the values that the completed runs had; ``allow``: families that may differ."""
+    total = Counter(row.label for row in completed)
+    return tuple(_condition(check, completed, allow, total) for check in checks_of(completed))
+
+
+def _condition(
+    check: Check, rows: Sequence[Row], allow: Collection[str], total: Mapping[str, int]
+) -> Condition:
     by_text: dict[str, list[Row]] = {}
     by_scope: dict[Hashable, set[str]] = {}
     for row in rows:
-        text = check.read(row)
-        by_text.setdefault(text, []).append(row)
-        by_scope.setdefault(check.scope(row), set()).add(text)
-    values = tuple(ConditionValue(text, _who(members, rows)) for text, members in by_text.items())
-    return Condition(check.name, check.kind, values, any(len(texts) > 1 for texts in by_scope.values()))
+        text = check.read_if_used(row)
+        if text is not None:
+            by_text.setdefault(text, []).append(row)
+            by_scope.setdefault(check.scope(row), set()).add(text)
+    values = tuple(ConditionValue(text, _who(members, total)) for text, members in by_text.items())
+    kind: Kind = "declared" if check.family is None else "allowed" if check.family in allow else "breaking"
+    differs = any(len(texts) > 1 for texts in by_scope.values())
+    return Condition(check.name, kind, values, differs, check.family)
 
 
-def _who(members: Sequence[Row], rows: Sequence[Row]) -> tuple[str, ...]:
-    """Labels of ``members``; the repeat is named where only some repeats of a label are among them."""
-    total = Counter(row.label for row in rows)
+def _who(members: Sequence[Row], total: Mapping[str, int]) -> tuple[str, ...]:
+    """Labels of ``members``; the repeat is named where only some of a label's ``total`` are among them."""
     own = Counter(row.label for row in members)
     names = (row.label if own[row.label] == total[row.label] else row.name for row in members)
     return tuple(dict.fromkeys(names))
+
+
+# ---- in words ------------------------------------------------------------------------------------
 
 
 def _text(value: object) -> str:
@@ -154,7 +225,7 @@ def _text(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} x {_text(part)}" for name, part in value.items()) or "none"
     if isinstance(value, tuple):
-        return counted(part.name if isinstance(part, Device) else str(part) for part in value)
+        return counted(str(part) for part in value)
     return str(value)
 
 
@@ -162,3 +233,8 @@ def counted(parts: Iterable[str]) -> str:
     """A list in words, in which equal parts are counted."""
     counts = Counter(parts).items()
     return ", ".join(part if count == 1 else f"{count} x {part}" for part, count in counts)
+
+
+def short(text: str) -> str:
+    """A value in a sentence: of a digest or a commit as much as tells it apart."""
+    return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

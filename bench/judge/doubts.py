@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from bench.judge.conditions import Condition
 from bench.judge.groups import Group
 from bench.judge.rows import Row
+from bench.judge.unlike import split_in_words
 
 FEW_STEPS = 5
 """Fewer measured steps than this are warned about."""
@@ -49,7 +50,7 @@ def warnings(
     """Every doubt, with what to do about it: of the whole set first, then of single runs."""
     completed = [row for row in rows if row.completed]
     found = [
-        *_of_the_comparison(groups, conditions),
+        *split_in_words(groups, conditions),
         *_of_padding(completed),
         *_of_the_setting(rows),
         *_few_steps(completed),
@@ -60,29 +61,6 @@ def warnings(
     ]  # fmt: skip
     # Repeats of one backend say the same note; once is enough.
     return tuple(dict.fromkeys(found))
-
-
-def _of_the_comparison(groups: Sequence[Group], conditions: Sequence[Condition]) -> Iterator[str]:
-    differing = [condition for condition in conditions if condition.differs]
-    if len(groups) > 1:
-        breaking = [condition.name for condition in differing if condition.kind == "breaking"]
-        cause = f"they differ in {', '.join(breaking)}" if breaking else "they share no repeat, so no seed"
-        kinds = {row.record.request.calibration == "published" for group in groups for row in group.rows}
-        remedy = "with one command"
-        if len(kinds) > 1:
-            # One command makes no difference: a published checkpoint is another model than the dense one.
-            remedy = "with one command and --calibration rtn, which packs the same weights for all of them"
-        yield (
-            f"The completed runs did not all do the same work ({cause}). They are split into {len(groups)} "
-            f"groups: compare figures within a group only, or run all backends again {remedy}."
-        )
-    for condition in differing:
-        if condition.kind == "declared":
-            values = "; ".join(f"{value.text}: {', '.join(value.names)}" for value in condition.values)
-            yield (
-                f"Not the same for all runs: {condition.name} ({values}). Read their figures with that in "
-                "mind."
-            )
 
 
 def _of_padding(completed: Sequence[Row]) -> Iterator[str]:
@@ -129,7 +107,8 @@ def _of_the_setting(rows: Sequence[Row]) -> Iterator[str]:
     if any(row.record.environment and row.record.environment.dirty for row in rows):
         yield (
             "The checkout of the harness had uncommitted changes, so its commit does not name the code that "
-            "ran. Commit and run again before these figures are published."
+            "ran: two such runs of one commit may be of different code. Commit and run again before these "
+            "figures are published."
         )
 
 

@@ -1,4 +1,4 @@
-"""Completed runs that did the same work: who belongs together, medians over repeats, best marks.
+"""Completed runs that are alike (``bench.judge.alike``): medians over repeats, best marks.
 
 Figures are compared within a group only.
 """
@@ -6,11 +6,11 @@ Figures are compared within a group only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bench.judge.conditions import CHECKS
+from bench.judge.alike import Difference, find_alike
 from bench.judge.rows import Row, median
 from bench.judge.stability import GRAVITY, Verdict
 
@@ -53,11 +53,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Group:
-    """Completed runs that did the same work."""
+    """Completed runs that are alike."""
 
     summaries: tuple[Summary, ...]
     best: Mapping[str, tuple[str, ...]]
     """Row field -> labels that have its lowest (or highest) value; empty where all are equal."""
+    differences: tuple[Difference, ...] = ()
+    """What sets it apart from the largest group."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -65,57 +67,11 @@ class Group:
         return tuple(row for summary in self.summaries for row in summary.rows)
 
 
-def find_groups(completed: Sequence[Row]) -> tuple[Group, ...]:
-    """Partition completed runs into those that did the same work, largest group first."""
-    return tuple(_group(rows) for rows in _alike(completed))
-
-
-# ---- who belongs together ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pile:
-    """Runs that agree so far, and what is known of them."""
-
-    rows: list[Row]
-    facts: dict[tuple[str, Hashable], str]
-    """Condition and scope -> value."""
-
-    def agrees(self, other: _Pile) -> bool:
-        """Whether nothing known of both is different."""
-        return all(self.facts.get(place, value) == value for place, value in other.facts.items())
-
-
-def _alike(rows: Sequence[Row]) -> list[list[Row]]:
-    """First the repeats of one label are piled up, then the piles of different labels that agree.
-
-    Piles that share no repeat share no seed: nothing shows that they did the same work, so they stay apart.
-    """
-    piles = _gathered([_pile(row) for row in rows], lambda row: row.label)
-    piles.sort(key=lambda pile: len(pile.rows), reverse=True)
-    groups = _gathered(piles, lambda row: row.repeat)
-    found = [[row for row in rows if row in group.rows] for group in groups]
-    return sorted(found, key=len, reverse=True)
-
-
-def _pile(row: Row) -> _Pile:
-    breaking = (check for check in CHECKS if check.kind == "breaking")
-    return _Pile([row], {(check.name, check.scope(row)): check.read(row) for check in breaking})
-
-
-def _gathered(piles: Sequence[_Pile], link: Callable[[Row], Hashable]) -> list[_Pile]:
-    """Each pile joins the first that agrees with it and shares a ``link``."""
-    homes: list[_Pile] = []
-    for pile in piles:
-        links = {link(row) for row in pile.rows}
-        for home in homes:
-            if home.agrees(pile) and any(link(row) in links for row in home.rows):
-                home.rows.extend(pile.rows)
-                home.facts.update(pile.facts)
-                break
-        else:
-            homes.append(pile)
-    return homes
+def find_groups(completed: Sequence[Row], allow: Collection[str] = ()) -> tuple[Group, ...]:
+    """Partition completed runs into alike ones, largest group first; ``allow``: what may differ."""
+    return tuple(
+        replace(_group(alike.rows), differences=alike.differences) for alike in find_alike(completed, allow)
+    )
 
 
 # ---- medians and marks ---------------------------------------------------------------------------

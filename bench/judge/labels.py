@@ -21,7 +21,7 @@ def labels_of(records: Sequence[Record]) -> list[str]:
     asked = [_flat(_lasting(record)) for record in records]
     for own in asked:
         by_backend.setdefault(own["backend"], []).append(own)
-    telling = {backend: _telling_apart(siblings) for backend, siblings in by_backend.items()}
+    telling = {backend: telling_apart(siblings) for backend, siblings in by_backend.items()}
     labels = []
     for own in asked:
         apart = [
@@ -56,8 +56,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _telling_apart(siblings: Sequence[Mapping[str, str]]) -> list[str]:
-    """The first few paths that tell apart all siblings that differ at all."""
+def telling_apart(siblings: Sequence[Mapping[str, str]]) -> list[str]:
+    """The first few names whose values tell apart all siblings that differ at all."""
     chosen: list[str] = []
     kinds = 1
     paths = dict.fromkeys(path for sibling in siblings for path in sibling)

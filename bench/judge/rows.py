@@ -96,12 +96,17 @@ class Row:
 def make_rows(records: Sequence[Record]) -> tuple[Row, ...]:
     """A row for each record, in the same order."""
     labels = labels_of(records)
-    runs = Counter(labels)
-    names = (
-        label if runs[label] == 1 else f"{label} (repeat {record.request.repeat})"
-        for record, label in zip(records, labels, strict=True)
-    )
+    names = names_of(labels, [record.request.repeat for record in records])
     return tuple(make_row(*parts) for parts in zip(records, labels, names, strict=True))
+
+
+def names_of(labels: Sequence[str], repeats: Sequence[int]) -> list[str]:
+    """The label of each run, with its repeat where the label has several runs."""
+    runs = Counter(labels)
+    return [
+        label if runs[label] == 1 else f"{label} (repeat {repeat})"
+        for label, repeat in zip(labels, repeats, strict=True)
+    ]
 
 
 # ---- figures -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from bench.judge.comparison import Comparison
 from bench.judge.groups import Spread, Summary, summarize
 from bench.judge.rows import Row
 from bench.judge.scaler import spelt
+from bench.show.differences import group_titles
 
 MISSING = "–"  # noqa: RUF001  (an en dash is meant)
 GIB = 2**30
@@ -44,15 +45,13 @@ class Section:
 
 def sections(comparison: Comparison) -> tuple[Section, ...]:
     """The lines in order: each group of alike runs, then the runs that did not complete."""
-    count = len(comparison.groups)
     found = []
-    for place, group in enumerate(comparison.groups, start=1):
-        title = f"Group {place} of {count}: runs that did the same work"
+    for title, group in zip(group_titles(comparison), comparison.groups, strict=True):
         lines = tuple(
             Line(summary, frozenset(field for field, labels in group.best.items() if summary.label in labels))
             for summary in group.summaries
         )
-        found.append(Section(title if count > 1 else "Completed, all with the same work", lines))
+        found.append(Section(title, lines))
     failed = tuple(Line(summarize(row.name, [row]), frozenset()) for row in comparison.failures)
     if failed:
         found.append(Section("Did not complete", failed))

@@ -1,6 +1,7 @@
 """The section "Will it fit, how fast" of the Markdown report.
 
-``fit_blocks`` gives blocks of Markdown text; every string of a record or a forecast in them is escaped.
+``card_blocks`` and ``forecast_blocks`` give blocks of Markdown text; every string of a record or
+a forecast in them is escaped.
 """
 
 from __future__ import annotations
@@ -24,14 +25,12 @@ from bench.show.forecast import heading
 Escape = Callable[[str], str]
 
 
-def fit_blocks(comparison: Comparison, forecast: Forecast | None, escape: Escape) -> Iterator[str]:
-    """What there is to say, a block each; nothing of what there is not."""
+def card_blocks(comparison: Comparison, escape: Escape) -> Iterator[str]:
+    """What the runs held, a block each; nothing where no run tells."""
     uses = uses_of(comparison)
     if uses:
         yield _cards(uses, escape)
         yield from (escape(note) for note in notes_on(uses))
-    if forecast is not None:
-        yield from _forecast(forecast, escape)
 
 
 def _cards(uses: Sequence[RunUse], escape: Escape) -> str:
@@ -62,7 +61,10 @@ def _cards(uses: Sequence[RunUse], escape: Escape) -> str:
     return _table("Peak memory against what there is", heads, lines, escape, numeric=range(2, 7))
 
 
-def _forecast(forecast: Forecast, escape: Escape) -> Iterator[str]:
+def forecast_blocks(forecast: Forecast | None, escape: Escape) -> Iterator[str]:
+    """What was forecast, a block each; nothing where nothing was."""
+    if forecast is None:
+        return
     rows = figures_of(forecast)
     heads = ["Backend", "Dtype", "Weights (GiB)", "Peak (GiB)", "Load (s)", "Step (s)", "Tokens/s"]
     lines = [

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 STEPS_BY_DEPTH = "forecast-step-time"
+OF_FORECAST = "forecast-"
+"""How the names of figures begin that show no run of the comparison."""
 
 
 def fit_plots(comparison: Comparison, forecast: Forecast | None) -> tuple[Plot, ...]:

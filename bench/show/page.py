@@ -23,6 +23,7 @@ from bench.record.schema import Record
 from bench.record.triage import Triage
 from bench.show import stability_view
 from bench.show.columns import COLUMNS, MISSING, changed_dtype, gib, number, sections, words
+from bench.show.differences import notes_on
 from bench.show.drawing import Plot
 from bench.show.fit_section import fit_section
 from bench.show.ladder import HEALS, evidence_in_words, rung_in_words
@@ -99,6 +100,7 @@ def page(
             identical=[item for item in comparison.conditions if item.shown_identical],
             untold=[i.name for i in comparison.conditions if not i.differs and not i.shown_identical],
             environment=environment_facts(comparison.rows),
+            notes=notes_on(comparison),
             missing=MISSING,
             view=stability_view,
             shown=shown,

@@ -16,6 +16,7 @@ from bench.judge.rows import Row
 from bench.judge.scaler import failing_steps
 from bench.judge.stability import BAD, VerdictName
 from bench.show.columns import gib, number, outcome, words
+from bench.show.differences import notes_on
 from bench.show.runs_shown import runs_shown
 
 VERDICTS: Mapping[VerdictName, str] = {
@@ -40,7 +41,7 @@ class Tile:
 def headline(comparison: Comparison) -> str:
     """What was measured, where and on what, how many completed, and the answers of the top, in sentences."""
     answers = [f"{tile.title}: {'; '.join((tile.answer, *tile.details))}." for tile in make_tiles(comparison)]
-    return " ".join([setting(comparison.rows), *answers])
+    return " ".join([setting(comparison.rows), *answers, *notes_on(comparison)])
 
 
 def setting(rows: Sequence[Row]) -> str:

@@ -1,15 +1,16 @@
 """The comparison as figures: SVG text that goes into the page or stands alone as a file.
 
 ``plots(comparison, forecast)`` draws every figure that there is data for, runs that failed underway included.
-Each figure has a sentence that says what it shows.
+Each figure has a sentence that says what it shows, and notes where the runs in it are not alike.
 """
 
 from __future__ import annotations
 
 from bench.judge.comparison import Comparison
 from bench.record.forecast import Forecast
+from bench.show.differences import noted, notes_on
 from bench.show.drawing import Plot, assign_styles
-from bench.show.fit_plots import fit_plots
+from bench.show.fit_plots import OF_FORECAST, fit_plots
 from bench.show.heat_map import headroom_maps
 from bench.show.memory_plots import bytes_by_kind, memory_by_phase
 from bench.show.runs_shown import margins_of, runs_shown
@@ -34,4 +35,9 @@ def plots(comparison: Comparison, forecast: Forecast | None = None) -> tuple[Plo
         fidelity_by_layer(rows, styles),
         margin_bars(margins_of(comparison)),
     )
-    return tuple(plot for plot in drawn if plot is not None)
+    notes = notes_on(comparison)
+    return tuple(
+        plot if plot.name.startswith(OF_FORECAST) else noted(plot, notes)
+        for plot in drawn
+        if plot is not None
+    )

@@ -1,6 +1,7 @@
 """The stability section of the Markdown report: verdicts with their measures, failures, margins, the triage.
 
-``stability_blocks`` gives blocks of Markdown text; every string of a record in them is escaped.
+``stability_blocks`` and ``triage_blocks`` give blocks of Markdown text; every string of a record in
+them is escaped.
 """
 
 from __future__ import annotations
@@ -30,16 +31,14 @@ from bench.show.stability_view import (
 Escape = Callable[[str], str]
 
 
-def stability_blocks(comparison: Comparison, triage: Triage | None, escape: Escape) -> Iterator[str]:
-    """What there is to say of stability, a block each; nothing of what no run has."""
+def stability_blocks(comparison: Comparison, escape: Escape) -> Iterator[str]:
+    """What there is to say of the runs, a block each; nothing of what no run has."""
     rows = runs_shown(comparison)
     yield from _verdicts(rows, escape)
     yield from _measures(rows, escape)
     yield from _failures(rows, escape)
     yield from _fidelity(rows, escape)
     yield from _margins(margins_of(comparison), escape)
-    if triage is not None:
-        yield from _triage(triage, escape)
 
 
 def _verdicts(rows: Sequence[Row], escape: Escape) -> Iterator[str]:
@@ -145,7 +144,10 @@ def _margins(margins: Sequence[Margin], escape: Escape) -> Iterator[str]:
         yield _table("Stability margin: log2 of the largest factor that stays finite", heads, lines, escape)
 
 
-def _triage(triage: Triage, escape: Escape) -> Iterator[str]:
+def triage_blocks(triage: Triage | None, escape: Escape) -> Iterator[str]:
+    """What a triage found; nothing where there was none."""
+    if triage is None:
+        return
     told = [f"As asked: {evidence_in_words(triage.base)}"]
     if triage.cause:
         told.append(f"Cause: {triage.cause}")

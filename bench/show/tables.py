@@ -7,7 +7,7 @@ is empty, and NaN and Infinity are written out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from bench.judge.comparison import Comparison
@@ -16,8 +16,9 @@ from bench.judge.scaler import spelt
 from bench.record.forecast import Forecast
 from bench.record.triage import Triage
 from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
-from bench.show.fit_markdown import fit_blocks
-from bench.show.stability_markdown import stability_blocks
+from bench.show.differences import allowed_in_words, allowed_values, notes_on
+from bench.show.fit_markdown import card_blocks, forecast_blocks
+from bench.show.stability_markdown import stability_blocks, triage_blocks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,7 +42,8 @@ def terminal_table(comparison: Comparison) -> RenderableType:
         "*: another dtype than asked for." if any(changed_dtype(line.first) for line in lines) else "",
         comparison.caveat,
     ]
-    below = [Text(text) for text in (*reasons, " ".join(text for text in legends if text))]
+    allowed = filter(None, [allowed_in_words(comparison)])
+    below = [Text(text) for text in (*allowed, *reasons, " ".join(text for text in legends if text))]
     warned = [Text(f"Note: {warning}", style="yellow") for warning in comparison.warnings]
     return Group(_grid(comparison), Text(""), *below, *warned)
 
@@ -81,7 +83,10 @@ def _style(column: Column, line: Line) -> str:
 
 
 def markdown(comparison: Comparison, triage: Triage | None = None, forecast: Forecast | None = None) -> str:
-    """The report as Markdown: one table for each section, then failures, stability, what fits, warnings."""
+    """The report as Markdown: one table for each section, then failures, stability, what fits, warnings.
+
+    Below every table of the runs stands in what they are not alike.
+    """
     import pandas
 
     blocks = []
@@ -92,16 +97,27 @@ def markdown(comparison: Comparison, triage: Triage | None = None, forecast: For
         align = ["right" if column.numeric else "left" for column in COLUMNS]
         table = frame.to_markdown(index=False, disable_numparse=True, colalign=align)
         blocks.append(f"**{section.title}**\n\n{table}" if len(parts) > 1 else table)
+    # Who stands apart is in the titles of these.
+    blocks = _with_notes(blocks, filter(None, [allowed_in_words(comparison)]))
     lines = [line for part in parts for line in part.lines]
     if any(line.best for line in lines):
         blocks.append(f"Bold: {BEST_LEGEND}.")
     blocks.append(escaped(comparison.caveat))
     failed = [f"{row.name}: {outcome(row)}: {row.record.message or MISSING}" for row in comparison.failures]
     blocks += _bullets("Why they did not complete", failed)
-    blocks += stability_blocks(comparison, triage, escaped)
-    blocks += fit_blocks(comparison, forecast, escaped)
+    notes = notes_on(comparison)
+    blocks += _with_notes(stability_blocks(comparison, escaped), notes)
+    blocks += triage_blocks(triage, escaped)
+    blocks += _with_notes(card_blocks(comparison, escaped), notes)
+    blocks += forecast_blocks(forecast, escaped)
     blocks += _bullets("To keep in mind", comparison.warnings)
     return "\n\n".join(blocks) + "\n"
+
+
+def _with_notes(blocks: Iterable[str], notes: Iterable[str]) -> list[str]:
+    """``blocks``, with ``notes`` below each that is a table."""
+    below = "".join(f"\n\n*{escaped(note)}*" for note in notes)
+    return [block + below if "\n|" in block else block for block in blocks]
 
 
 def _bullets(title: str, items: Sequence[str]) -> list[str]:
@@ -165,6 +181,7 @@ def _fields(row: Row, comparison: Comparison) -> Iterator[tuple[str, object]]:
     yield "repeat", row.repeat
     yield "seed", request.seed
     yield "group", next(groups, None)
+    yield "allowed_differences", allowed_values(row, comparison)
     for name in ("status", "stage", "message"):
         yield name, getattr(record, name)
     yield "model", request.model.name
