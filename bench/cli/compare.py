@@ -48,7 +48,7 @@ STANDARD_OUTPUT = Path("-")
     callback=lambda context, _, asked: _print_thresholds(context) if asked else None,
     help="Print the packaged limits with the reason for each.",
 )
-def compare(  # noqa: PLR0913 - one parameter an option
+def compare(
     base: Path,
     new: Path,
     thresholds: Path | None,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from bench.errors import UserError
 from bench.judge.regression_asks import Ask, Difference, sort_by_ask
 from bench.judge.regression_changes import changes_between, notes_about
-from bench.judge.regression_exact import exact_findings
+from bench.judge.regression_computed import computed_findings
+from bench.judge.regression_counted import counted_findings
 from bench.judge.regression_findings import Finding, Result
 from bench.judge.regression_limits import Limits
 from bench.judge.regression_measured import measured_findings
@@ -36,7 +37,7 @@ class Regression:
     changes: tuple[Difference, ...]
     """What differs between the two sides as a whole: harness, libraries, system, and what was allowed."""
     findings: tuple[Finding, ...]
-    """In the order of the labels: outcome, stability, measured, exact."""
+    """Ask by ask: outcome, stability, measured, counted, computed."""
     notes: tuple[str, ...]
     """What to keep in mind."""
 
@@ -71,7 +72,7 @@ def find_regressions(
             if isinstance(part, Match):
                 matches.append(part)
                 findings += [stability_finding(part, limits), *measured_findings(part, limits)]
-                findings += exact_findings(part, limits)
+                findings += [*counted_findings(part, limits), *computed_findings(part, limits)]
             elif isinstance(part, OneSided):
                 # Where one side completed none of them, the outcome says so.
                 if any(run.completed for run in ask.base) and any(run.completed for run in ask.new):

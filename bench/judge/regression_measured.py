@@ -16,7 +16,7 @@ from bench.judge.regression_limits import Limits
 from bench.judge.regression_pairs import Match
 from bench.judge.regression_runs import Run
 
-ONE_RUN = "cannot be told: one run"
+ONE_RUN = "one run on a side, and one run gives no interval"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _judged(ratio: Ratio, limit: float | None, better: Literal["lower", "higher"
         return ("better" if direction == better else "worse"), ""
     if 1 / limit <= ratio.interval.low and ratio.interval.high <= limit:
         return "same", ""
-    return "untold", "cannot be told: the interval reaches beyond the limit and back"
+    return "untold", "the interval reaches from within the limit to beyond it"
 
 
 def _of_one_run(

@@ -70,8 +70,8 @@ class Store:
         yield from sorted(self.one_by_one(), key=lambda record: (record.started_at, record.key))
 
     def one_by_one(self) -> Iterator[Record]:
-        """The same in the order of their paths, each read when it is asked for: thousands of whole records may
-        be more than memory holds. Raises BrokenFile as `records` does.
+        """The same in the order of their paths, each read when it is asked for: thousands of whole records
+        may be more than memory holds. Raises BrokenFile as `records` does.
         """
         if not self.folder.is_dir():
             raise BrokenFile(f"'{self.folder}' is not a folder of records")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from bench.judge.regression import Regression
 from bench.judge.regression_findings import Finding, Result
 from bench.judge.rows import median
-from bench.show.columns import MISSING, gib, number
+from bench.show.columns import GIB, MISSING, gib, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,6 +31,9 @@ WORDS: Mapping[Result, str] = {
 """What a result is called, in the order in which it is shown."""
 PLURALS: Mapping[Result, str] = {"worse": "regressions", "better": "improvements"}
 STYLES: Mapping[Result, str] = {"worse": "bold red", "incomparable": "bold red", "better": "green"}
+MIB = 2**20
+SMALL_BYTES = GIB // 10
+"""Less than this is written in MiB."""
 LEGEND = (
     "BASE and NEW: medians over the runs of a side. Change: the ratio of their geometric means, with its "
     "95 % interval where both sides have several runs; it is a regression where the whole interval lies "
@@ -62,7 +65,7 @@ def _side(finding: Finding, values: Sequence[float], in_words: str) -> str:
     if middle is None:
         return MISSING
     if finding.unit == "bytes":
-        return f"{gib(middle)} GiB"
+        return f"{gib(middle)} GiB" if middle >= SMALL_BYTES else f"{number(middle / MIB)} MiB"
     unit = "" if finding.unit == "ratio" else f" {finding.unit}"
     return number(middle, 4 if finding.unit == "nats" else 3) + unit
 
