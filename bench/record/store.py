@@ -67,16 +67,10 @@ class Store:
 
         Raises BrokenFile for a folder that does not exist or a file that is no record.
         """
-        yield from sorted(self.one_by_one(), key=lambda record: (record.started_at, record.key))
-
-    def one_by_one(self) -> Iterator[Record]:
-        """The same in the order of their paths, each read when it is asked for: thousands of whole records
-        may be more than memory holds. Raises BrokenFile as `records` does.
-        """
         if not self.folder.is_dir():
             raise BrokenFile(f"'{self.folder}' is not a folder of records")
-        for path in sorted(self.folder.rglob(f"*{SUFFIX}")):
-            yield read_record(path)
+        found = [read_record(path) for path in sorted(self.folder.rglob(f"*{SUFFIX}"))]
+        yield from sorted(found, key=lambda record: (record.started_at, record.key))
 
 
 def read_record(path: Path) -> Record:
