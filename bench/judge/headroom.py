@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from bench.record.schema import Record
@@ -24,7 +25,7 @@ LARGEST: Mapping[str, float] = {
 """Dtype -> its largest finite number: (2 - 2**-10) * 2**15, (2 - 2**-7) * 2**127, (2 - 2**-23) * 2**127."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One layer in one step and one direction."""
 
@@ -65,11 +66,22 @@ class Headroom:
     backward: tuple[tuple[Cell, ...], ...]
     """Of the gradients at the layers' outputs, the loss scale included."""
 
-    @property
+    @cached_property
     def lowest(self) -> Place | None:
         """The finite cell with the fewest bits, the first of several; None: no cell has any."""
-        known = [place for place in self.places() if place.cell.bits is not None]
-        return min(known, key=lambda place: place.cell.bits or 0.0, default=None)
+        # A row of the grid at a time: a place for each cell would cost more than reading the record did.
+        fewest = [
+            min((cell.bits for cell in row if cell.bits is not None), default=math.inf)
+            for rows in zip(self.forward, self.backward, strict=True)
+            for row in rows
+        ]
+        if not any(math.isfinite(bits) for bits in fewest):
+            return None
+        low = min(fewest)
+        step, backward = divmod(fewest.index(low), 2)
+        row = (self.backward if backward else self.forward)[step]
+        layer = next(place for place, cell in enumerate(row) if cell.bits == low)
+        return Place("backward" if backward else "forward", layer, self.steps[step], row[layer])
 
     @property
     def non_finite(self) -> tuple[Place, ...]:
