@@ -447,7 +447,7 @@ def test_what_was_asked_differently_may_be_allowed_too():
     with pytest.raises(UserError):
         compared(rounds(), new)
     found = compared(rounds(), new, allow={"attention"})
-    assert "attention: " in finding(found, "step time, median").label
+    assert finding(found, "step time, median").label == "hqq (attention=sdpa) [attention: sdpa -> eager]"
 
 
 def test_runs_of_two_machines_in_one_folder_are_compared_machine_by_machine():

@@ -42,7 +42,7 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
 
 def compare(*arguments: str | Path) -> Result:
     """In this process; errors for people come out as exceptions."""
-    return CliRunner().invoke(cli, ["compare", *map(str, arguments)], standalone_mode=False)
+    return CliRunner(env={"COLUMNS": "160"}).invoke(cli, ["compare", *map(str, arguments)], standalone_mode=False)
 
 
 def refusal(*arguments: str | Path) -> str:

@@ -30,7 +30,11 @@ NOT_ASKED: Mapping[str, Any] = {
 }
 """Parts of a request that are no part of the question; the model's fingerprint and the data's digest are. The
 gradient is compared with a reference's after the training, of which it changes nothing."""
-ASKED_FOR_FAMILY: Mapping[str, tuple[str, ...]] = {"dtype": ("dtype",), "device": ("cpu_threads",)}
+ASKED_FOR_FAMILY: Mapping[str, tuple[str, ...]] = {
+    "dtype": ("dtype",),
+    "attention": ("attention",),
+    "device": ("cpu_threads",),
+}
 """Family that ``--allow`` names -> what asks for it and is no condition, since what was observed is one."""
 
 
@@ -180,11 +184,11 @@ def _joined(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted path -> value as JSON. A mapping that is a value by itself (``stress``) stays one."""
+    """Dotted path -> value in words. A mapping that is a value by itself (``stress``) stays one."""
     found: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name != "stress":
             found |= _flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = json.dumps(value)
+            found[prefix + name] = value if isinstance(value, str) else json.dumps(value)
     return found

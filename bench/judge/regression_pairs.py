@@ -82,7 +82,8 @@ def match(ask: Ask, allow: Collection[str] = ()) -> Iterator[Match | Unlike | On
         differing = [(check, old, now) for check, old, now in sides if old != now]
         told = tuple(Difference(check.name, short(old), short(now)) for check, old, now in differing)
         if all(check.family in allow for check, _, _ in differing):
-            yield _beside(ask.label, base[here], new[there], (*ask.allowed, *told), allow)
+            both = tuple(dict.fromkeys((*ask.allowed, *told)))
+            yield _beside(ask.label, base[here], new[there], both, allow)
         else:
             yield Unlike(ask.label, base[here], new[there], told)
         return

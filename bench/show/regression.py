@@ -143,15 +143,21 @@ def regression_table(regression: Regression, *, everything: bool = False) -> Ren
 
     findings = regression.findings if everything else telling(regression)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    for title in TITLES:
-        # Folded, not cut: half of a reason is none.
+    # Reasons are sentences, and stand below.
+    for title in TITLES[:-1]:
         table.add_column(title, overflow="fold", no_wrap=title == "Allowed")
     for finding in findings:
         # Text, never str: rich would read square brackets in a value as markup.
-        table.add_row(*(Text(cell, style=STYLES.get(finding.result, "")) for cell in cells(finding)))
+        style = STYLES.get(finding.result, "")
+        table.add_row(*(Text(cell, style=style) for cell in cells(finding)[:-1]))
     above = [Text(f"Changed: {text}") for text in changed_surroundings(regression)]
     hidden = len(regression.findings) - len(findings)
-    below = [f"{hidden} figures without a telling change are not shown (--all shows them)."] if hidden else []
+    below = [
+        f"{finding.label}, {finding.title}: {finding.note}"
+        for finding in findings
+        if finding.note and finding.result not in ("same", "untold")
+    ]
+    below += [f"{hidden} figures without a telling change are not shown (--all shows them)."] if hidden else []
     notes = [Text(f"Note: {note}", style="yellow") for note in regression.notes]
     body = [table, Text("")] if findings else []
     summary = Text(headline(regression), style="bold red" if regression.failed else "bold")
