@@ -157,7 +157,8 @@ def regression_table(regression: Regression, *, everything: bool = False) -> Ren
         for finding in findings
         if finding.note and finding.result not in ("same", "untold")
     ]
-    below += [f"{hidden} figures without a telling change are not shown (--all shows them)."] if hidden else []
+    if hidden:
+        below.append(f"{hidden} figures without a telling change are not shown (--all shows them).")
     notes = [Text(f"Note: {note}", style="yellow") for note in regression.notes]
     body = [table, Text("")] if findings else []
     summary = Text(headline(regression), style="bold red" if regression.failed else "bold")
