@@ -61,27 +61,38 @@ class Headroom:
     """The compute dtype whose range is meant."""
     steps: tuple[int, ...]
     """Indices of the steps that were probed."""
-    forward: tuple[tuple[Cell, ...], ...]
-    """Of activations: a row for each of ``steps``, a cell for each decoder layer."""
-    backward: tuple[tuple[Cell, ...], ...]
+    forward_abs_max: tuple[Sequence[float | None], ...]
+    """Of activations, as the probe read them: a row for each of ``steps``, a value for each decoder layer."""
+    backward_abs_max: tuple[Sequence[float | None], ...]
     """Of the gradients at the layers' outputs, the loss scale included."""
+
+    # Made when they are drawn: of thousands of runs a page draws a few.
+    @cached_property
+    def forward(self) -> tuple[tuple[Cell, ...], ...]:
+        """The cells of activations: a row for each of ``steps``, a cell for each decoder layer."""
+        return tuple(_cells(maxima, self.dtype) for maxima in self.forward_abs_max)
+
+    @cached_property
+    def backward(self) -> tuple[tuple[Cell, ...], ...]:
+        """The cells of gradients."""
+        return tuple(_cells(maxima, self.dtype) for maxima in self.backward_abs_max)
 
     @cached_property
     def lowest(self) -> Place | None:
         """The finite cell with the fewest bits, the first of several; None: no cell has any."""
-        # A row of the grid at a time: a place for each cell would cost more than reading the record did.
-        fewest = [
-            min((cell.bits for cell in row if cell.bits is not None), default=math.inf)
-            for rows in zip(self.forward, self.backward, strict=True)
+        rows = [row for pair in zip(self.forward_abs_max, self.backward_abs_max, strict=True) for row in pair]
+        # The fewest bits are where the largest value is, so that only its cell need be made.
+        largest = [
+            max((value for value in row if value is not None and 0 < value < math.inf), default=0.0)
             for row in rows
         ]
-        if not any(math.isfinite(bits) for bits in fewest):
+        top = max(largest, default=0.0)
+        if top == 0:
             return None
-        low = min(fewest)
-        step, backward = divmod(fewest.index(low), 2)
-        row = (self.backward if backward else self.forward)[step]
-        layer = next(place for place, cell in enumerate(row) if cell.bits == low)
-        return Place("backward" if backward else "forward", layer, self.steps[step], row[layer])
+        place = largest.index(top)
+        step, backward = divmod(place, 2)
+        cell = Cell(headroom_bits(top, self.dtype), top)
+        return Place("backward" if backward else "forward", rows[place].index(top), self.steps[step], cell)
 
     @property
     def non_finite(self) -> tuple[Place, ...]:
@@ -91,7 +102,7 @@ class Headroom:
     @property
     def layers(self) -> int:
         """How many decoder layers were probed."""
-        return max((len(row) for row in (*self.forward, *self.backward)), default=0)
+        return max((len(row) for row in (*self.forward_abs_max, *self.backward_abs_max)), default=0)
 
     def places(self) -> Iterator[Place]:
         """Every cell with its place: step by step, forward before backward, by layer."""
@@ -111,8 +122,8 @@ def find_headroom(record: Record) -> Headroom | None:
     return Headroom(
         dtype,
         tuple(index for index, _ in probed),
-        tuple(_cells(probe.activation_abs_max, dtype) for _, probe in probed),
-        tuple(_cells(probe.gradient_abs_max, dtype) for _, probe in probed),
+        tuple(probe.activation_abs_max for _, probe in probed),
+        tuple(probe.gradient_abs_max for _, probe in probed),
     )
 
 
