@@ -31,7 +31,8 @@ PARENT_SIDE = ("bench.cli", "bench.run.arrange", "bench.run.launch", "bench.run.
                "bench.ask.plan", "bench.ask.packing", "bench.ask.stress", "bench.ask.reference", "bench.load.fit", "bench.cli.plan",
                "bench.show.footprint", "bench.cli.diagnose", "bench.cli.forecast", "bench.cli.overhead", "bench.run.overhead", "bench.run.forecast", "bench.run.outlooks",
                "bench.run.preflight", "bench.run.placing", "bench.run.sources", "bench.probe.cards",
-               "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine")  # fmt: skip
+               "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine",
+               "bench.cli.compare", "bench.judge.regression", "bench.show.regression_markdown")  # fmt: skip
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from bench.cli.backends import backends, check
+from bench.cli.compare import compare
 from bench.cli.diagnose import diagnose
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.forecast import forecast
@@ -47,7 +48,7 @@ def cli() -> None:
 
 
 for command in (
-    run, plan, forecast, triage, margin, diagnose, backends, check, report, watch, runs, overhead,
+    run, plan, forecast, triage, margin, diagnose, report, watch, compare, runs, backends, check, overhead,
 ):  # fmt: skip
     cli.add_command(command)
 

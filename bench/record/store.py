@@ -72,6 +72,15 @@ class Store:
         found = [read_record(path) for path in sorted(self.folder.rglob(f"*{SUFFIX}"))]
         yield from sorted(found, key=lambda record: (record.started_at, record.key))
 
+    def one_by_one(self) -> Iterator[Record]:
+        """The same in the order of their paths, each read when it is asked for: thousands of whole records
+        may be more than memory holds. Raises BrokenFile as `records` does.
+        """
+        if not self.folder.is_dir():
+            raise BrokenFile(f"'{self.folder}' is not a folder of records")
+        for path in sorted(self.folder.rglob(f"*{SUFFIX}")):
+            yield read_record(path)
+
 
 def read_record(path: Path) -> Record:
     """Read one record. Raises BrokenFile, naming the file and the first thing wrong with it."""
