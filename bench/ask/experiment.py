@@ -177,7 +177,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _describe_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
-    name = ".".join(path) or model.__name__.lower()
+    name = ".".join(path) if path else model.__name__.lower()
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{name}'{_suggest(path[-1], _fields_at(model, path[:-1]))}"
     message = str(problem["msg"]).removeprefix("Value error, ")

@@ -20,7 +20,7 @@ from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
 from bench.cli.triage import triage
-from bench.errors import UserError, unknown
+from bench.errors import UserError, one_line, unknown
 
 
 class _Group(click.Group):
@@ -56,7 +56,7 @@ def main() -> NoReturn:
         click.echo(f"qlora-bench: {error}", err=True)
         sys.exit(EXIT_BAD_INPUT)
     except click.ClickException as error:
-        click.echo(f"qlora-bench: {' '.join(error.format_message().split())}", err=True)
+        click.echo(f"qlora-bench: {one_line(error.format_message())}", err=True)
         sys.exit(EXIT_BAD_INPUT)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bench.errors import UserError
+from bench.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
@@ -39,22 +39,22 @@ def runs(folder: Path, as_json: bool) -> None:
     """List the records in FOLDER."""
     from bench.record.store import Store
     from bench.show.progress import describe_end
+    from bench.show.terminal import say
 
     records = list(Store(folder).records())
     if as_json:
         print_records(records)
         return
     for record in records:
-        click.echo(f"{record.key}  {describe_end(record)}")
+        say(one_line(f"{record.key}  {describe_end(record)}"))
 
 
 def show(
     records: Sequence[Record], folder: Path, *, as_json: bool, quiet: bool, paths_as_json: bool = False
 ) -> None:
     """Write the report of ``records`` into ``folder``, and print what was asked for."""
-    from rich.console import Console
-
     from bench.show.tables import terminal_table
+    from bench.show.terminal import Terminal
 
     comparison, files = written_report(records, folder)
     if as_json:
@@ -72,7 +72,7 @@ def show(
         )
     else:
         if not quiet:
-            Console().print(terminal_table(comparison))
+            Terminal().print(terminal_table(comparison))
         click.echo(f"report: {files.html}")
 
 

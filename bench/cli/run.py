@@ -85,15 +85,14 @@ def run_options(function: Function) -> Function:
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
 def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: Any) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
-    from rich.console import Console
-
     from bench.record.store import read_record
     from bench.run.arrange import Asked, arrange
     from bench.run.preflight import Examiner
     from bench.run.sweep import run_sweep
     from bench.show.progress import Display
+    from bench.show.terminal import Terminal
 
-    console = Console(stderr=as_json, quiet=quiet or as_json)
+    console = Terminal(stderr=as_json, quiet=quiet or as_json)
     arranged = arrange(Asked(**flags))
     sweep = replace(arranged.sweep, examiner=Examiner(skip=True)) if no_preflight else arranged.sweep
     console.print(arranged.headline, markup=False, highlight=False, soft_wrap=True)
@@ -116,6 +115,8 @@ def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: 
 
 
 def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
+    from bench.show.terminal import say
+
     waiting = {request.key for request in sweep.waiting()}
     if as_json:
         click.echo(json.dumps([request.model_dump(mode="json") for request in sweep.requests], indent=1))
@@ -128,5 +129,5 @@ def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
             if (reason := sweep.obstacle(request))
             else "to run"
         )
-        click.echo(f"{request.key}  seed {request.seed}  {state}")
-        click.echo(f"  {request.command}")
+        say(f"{request.key}  seed {request.seed}  {state}")
+        say(f"  {request.command}")
