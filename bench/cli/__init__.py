@@ -19,6 +19,7 @@ from bench.cli.margin import margin
 from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
+from bench.cli.schema import schema
 from bench.cli.triage import triage
 from bench.errors import UserError, one_line, unknown
 
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, runs):
+for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, runs, schema):
     cli.add_command(command)
 
 
