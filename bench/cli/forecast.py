@@ -94,6 +94,8 @@ def forecast(
     subsets = parse_subsets(pairs, plan.slices, verify=verify)
     # Before anything is measured: cards for a model whose shapes are not known are a bad request.
     without_measuring(plan, wanted)
+    for sweep in (plan.full, plan.sweep):
+        sweep.store.open_for_writing()
     tell(plan.headline)
     measured = _measured(plan, console, tell)
     given = {"slices": slices, "cards": cards, "rounds": rounds, "warmup_rounds": warmup_rounds,
@@ -123,8 +125,6 @@ def _measured(plan: ForecastPlan, console: Console, tell: Callable[[str], None])
     from bench.run.forecast import Measuring
     from bench.show.progress import Display
 
-    for sweep in (plan.full, plan.sweep):
-        sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             return Measuring(plan, display, tell).all()

@@ -57,8 +57,8 @@ def margin(
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    tell(plan.headline)
     plan.sweep.store.open_for_writing()
+    tell(plan.headline)
     try:
         with Display(console) as display:
             runner = OneByOne(plan.sweep, display, evidence, tell)

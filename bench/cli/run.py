@@ -95,11 +95,12 @@ def run(no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: 
     console = Terminal(stderr=as_json, quiet=quiet or as_json)
     arranged = arrange(Asked(**flags))
     sweep = replace(arranged.sweep, examiner=Examiner(skip=True)) if no_preflight else arranged.sweep
+    if not dry_run:
+        sweep.store.open_for_writing()
     console.print(arranged.headline, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _print_plan(sweep, as_json=as_json)
         return
-    sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             for _ in run_sweep(sweep, display):

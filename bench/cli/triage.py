@@ -51,8 +51,8 @@ def triage(only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any) -> N
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     plan = arrange_triage(Asked(**flags), only)
-    tell(plan.headline)
     plan.sweep.store.open_for_writing()
+    tell(plan.headline)
     try:
         with Display(console) as display:
             found = climbed_triage(plan, OneByOne(plan.sweep, display, evidence, tell))

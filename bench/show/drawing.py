@@ -10,10 +10,13 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from bench.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -110,7 +113,9 @@ def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        # The font is for measuring; a reader's own shows a name in any script.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -165,7 +170,9 @@ def _legend_columns(names: Collection[str]) -> int:
 
 
 def elided(name: str, longest: int) -> str:
-    """A name that leaves room for the figure; the tables have it in full, and its ends tell most."""
+    """A name that leaves room for the figure; the tables have it in full, and its ends tell most. On one line,
+    and without control characters, which neither matplotlib nor XML takes."""
+    name = printable(" ".join(name.split()))
     if len(name) <= longest:
         return name
     return f"{name[: longest - 16]}…{name[-15:]}"
@@ -200,18 +207,22 @@ def _clean(text: str, name: str, words: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S)
-    text = re.sub(r'style="([^"]*)"', lambda match: _attributes(match.group(1)), text)
-    text = text.replace(INK, "currentColor")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    # Tags only: a name that looks like an attribute is text, and stays as it is.
+    text = re.sub(r"<[^>]*>", lambda tag: _clean_tag(tag.group(0), name), text)
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None, "matplotlib always writes a view box"
     return re.sub(r"^<svg[^>]*>", lambda _: _root(size.group(0), words), text).strip()
 
 
+def _clean_tag(tag: str, name: str) -> str:
+    tag = re.sub(r'style="([^"]*)"', lambda match: _attributes(match.group(1)), tag)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag.replace(INK, "currentColor"))
+
+
 def _root(view_box: str, words: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box} '
-        f'role="img" aria-label="{html.escape(words)}" stroke-linejoin="round">'
+        f'role="img" aria-label="{html.escape(printable(words))}" stroke-linejoin="round">'
     )
 
 
