@@ -11,11 +11,10 @@ from typing import Any
 
 
 def parsed(text: str | bytes, whole: Callable[[str], int] = int) -> Any:
-    """The value of a JSON text; ``whole`` reads its whole numbers. Raises ValueError, with the reason in a few
-    words.
+    """The value of a JSON text; ``whole`` reads its whole numbers. Raises ValueError, with the reason.
 
-    Besides what is no JSON, that is what is nested more deeply than can be read, and text that holds half of a
-    surrogate pair: JSON can spell it, and no file, tokenizer or terminal can take it.
+    Besides what is no JSON, that is what is nested more deeply than can be read, and text that holds half of
+    a surrogate pair: JSON can spell it, and no file, tokenizer or terminal can take it.
     """
     try:
         value = json.loads(text, parse_int=whole)

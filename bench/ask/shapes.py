@@ -180,7 +180,7 @@ def decoder_of(architecture: Mapping[str, Any], layers: int | None = None) -> De
 
 
 def size_problem(architecture: Mapping[str, Any]) -> str | None:
-    """What is wrong with the sizes that a configuration has, in words; None: nothing. A size may be missing."""
+    """What is wrong with the sizes that a configuration has, in words; None: nothing. One may be missing."""
     for field, largest in SIZES.items():
         value = architecture.get(field)
         if value is not None and (type(value) is not int or not 1 <= value <= largest):

@@ -9,7 +9,7 @@ import click
 def schema() -> None:
     """Print the JSON Schema (draft 2020-12) of the record of a run.
 
-    Every *.record.json keeps to it, those of earlier releases included.
+    Every *.record.json that this version writes keeps to it.
     """
     from bench.record.json_schema import published_schema
 

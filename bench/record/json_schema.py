@@ -1,4 +1,4 @@
-"""The record as a JSON Schema, for readers in any language: generated from the models, published in the package.
+"""The record as a JSON Schema, for readers in any language: made from the models, published in the package.
 
 ``record_schema()`` makes it anew and ``published_schema()`` is the file that comes with the package, which
 ``qlora-bench schema`` prints; ``make docs`` writes it, and tests/test_schema.py holds the two together. Its
@@ -77,10 +77,9 @@ def _unwrapped(part: Any) -> Any:
         return [_unwrapped(one) for one in part]
     if not isinstance(part, dict):
         return part
-    return {
-        name: " ".join(inner.split()) if name == "description" and isinstance(inner, str) else _unwrapped(inner)
-        for name, inner in part.items()
-    }
+    return {name: _unwrapped(inner) for name, inner in part.items()} | (
+        {"description": " ".join(part["description"].split())} if type(part.get("description")) is str else {}
+    )
 
 
 def schema_text() -> str:

@@ -162,9 +162,9 @@ class WorkloadFacts(Recorded):
     """Non-padding tokens consumed."""
     loss_tokens: int
     """Those that the loss is taken of: the answers."""
-    batches_without_targets: int
+    batches_without_targets: int | None = None
     """Micro-batches that held no answer token: passed over, or trained on with ``workload.without_targets``
-    "train"."""
+    "train". Null in records made before they were counted."""
     attention: str
     """Of the model, by the name under which it is asked for."""
     autocast_dtype: str | None

@@ -6,6 +6,7 @@ reader never sees half of one and a killed command loses nothing that was finish
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from bench.ask.documents import parsed
 from bench.errors import BrokenFile, UserError
-from bench.record.migration import refuse_other_version, version_field
+from bench.record.migration import refuse_other_version, version_field, without_removed_fields
 from bench.record.schema import Record
 
 SUFFIX = ".record.json"
@@ -111,14 +112,19 @@ def _read(path: Path, kind: type[Document], what: str, version: str) -> Document
         _refuse_endless_numbers(text)
         try:
             found = kind.model_validate_json(text)
-        except ValidationError as error:
+        except ValidationError:
+            body = parsed(text)
             # A file of another version has other fields, and its version says more than the first of them.
-            refuse_other_version(path, text, kind, version)
-            raise BrokenFile(f"'{path}' is not {what}: {_first_problem(error)}") from None
+            refuse_other_version(path, body, kind, version)
+            if kind is not Record or not without_removed_fields(body):
+                raise
+            found = kind.model_validate_json(json.dumps(body))
         if version_field(kind) not in {None, *found.model_fields_set}:
-            refuse_other_version(path, text, kind, version)
+            refuse_other_version(path, parsed(text), kind, version)
     except FileNotFoundError:
         raise
+    except ValidationError as error:
+        raise BrokenFile(f"'{path}' is not {what}: {_first_problem(error)}") from None
     except (OSError, ValueError) as error:
         raise BrokenFile(f"'{path}' is not {what}: {error}") from None
     return found

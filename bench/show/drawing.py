@@ -170,8 +170,10 @@ def _legend_columns(names: Collection[str]) -> int:
 
 
 def elided(name: str, longest: int) -> str:
-    """A name that leaves room for the figure; the tables have it in full, and its ends tell most. On one line,
-    and without control characters, which neither matplotlib nor XML takes."""
+    """A name that leaves room for the figure; the tables have it in full, and its ends tell most.
+
+    It is on one line and without control characters, which neither matplotlib nor XML takes.
+    """
     name = printable(" ".join(name.split()))
     if len(name) <= longest:
         return name

@@ -43,16 +43,16 @@ NULL = re.compile(r"\b(?:[Nn]ull|None):?\s+(?:means\s+)?([^.;)]*)")
 HEAD = """\
 # The record of a run
 
-One JSON file a run, `KEY.record.json`, written by `qlora-bench run` as soon as the run ends. This page and the
-[JSON Schema](../bench/record/record.schema.json) (draft 2020-12, printed by `qlora-bench schema`) are made from
-the models in `bench/record/` and `bench/ask/` by `make docs`.
+One JSON file a run, `KEY.record.json`, written by `qlora-bench run` as soon as the run ends. This page and
+the [JSON Schema](../bench/record/record.schema.json) (draft 2020-12, printed by `qlora-bench schema`) are
+made from the models in `bench/record/` and `bench/ask/` by `make docs`.
 
 - A value that was not observed is null. It is never 0, -1 or an empty string.
 - A number that is not finite is the string `"NaN"`, `"Infinity"` or `"-Infinity"`. It is data, and is kept.
   "number or non-finite" below means that these three may stand there.
 - Field names carry their units. Raw values of each step are kept; statistics are derived, never stored.
-- `schema_version` is {version}. A reader refuses a version that it does not know. Fields that were added within a
-  version are not required: in older records they are absent, and read as their default.
+- `schema_version` is {version}. A reader refuses a version that it does not know. Fields that were added
+  within a version are not required: in older records they are absent, and read as their default.
 """
 
 
@@ -128,28 +128,29 @@ def _null(about: Mapping[str, Any]) -> str:
 
 def _type(about: Mapping[str, Any]) -> str:
     """A type in words; null has a column of its own."""
-    if "$ref" in about:
-        name = about["$ref"].rpartition("/")[2]
-        return f"[{name}](#{name.lower()})"
-    if "anyOf" in about:
-        kinds = [kind for kind in about["anyOf"] if kind.get("type") != "null"]
-        return " or ".join(dict.fromkeys(_type(kind) for kind in kinds))
-    if "const" in about:
-        return f"`{json.dumps(about['const'])}`"
-    if about.get("enum") == list(WORDS):
-        return "non-finite"
-    if "enum" in about:
-        return ", ".join(f'`"{value}"`' for value in about["enum"])
-    match about.get("type"):
-        case "array":
-            return f"list of {_type(about['items'])}"
-        case "object":
+    match about:
+        case {"$ref": str(reference)}:
+            name = reference.rpartition("/")[2]
+            found = f"[{name}](#{name.lower()})"
+        case {"anyOf": kinds}:
+            named = (_type(kind) for kind in kinds if kind.get("type") != "null")
+            found = " or ".join(dict.fromkeys(named))
+        case {"const": value}:
+            found = f"`{json.dumps(value)}`"
+        case {"enum": values}:
+            spelt = ", ".join(f'`"{value}"`' for value in values)
+            found = "non-finite" if values == list(WORDS) else spelt
+        case {"type": "array", "items": items}:
+            found = f"list of {_type(items)}"
+        case {"type": "object"}:
             inner = about.get("additionalProperties")
-            of = f" to {_type_or_null(inner)}" if isinstance(inner, dict) and inner else ""
-            return f"object: name{of}"
-        case str(kind):
-            return f"{kind}{_bounds(about)}"
-    return "anything"
+            typed = isinstance(inner, dict) and inner
+            found = f"object: name to {_type_or_null(inner)}" if typed else "object"
+        case {"type": str(kind)}:
+            found = f"{kind}{_bounds(about)}"
+        case _:
+            found = "anything"
+    return found
 
 
 def _type_or_null(about: Mapping[str, Any]) -> str:
