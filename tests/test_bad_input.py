@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,18 @@ from bench.ask.experiment import Workload
 from bench.ask.shapes import MOST_LAYERS
 from bench.errors import LONGEST_LINE, BrokenFile, UserError, printable
 from bench.judge.comparison import compare
+from bench.judge.rows import make_rows
+from bench.judge.stability import judge_stability
+from bench.record.stability import LayerFidelity, StressedPair
 from bench.record.store import Store, read_record
+from bench.show.heat_map import headroom_maps
+from bench.show.heat_map_cells import ROWS
+from bench.show.page import page
 from bench.show.plots import plots
+from bench.show.stability_view import factor_in_words
 from tests.forecast_factory import SIX
 from tests.fuzzing import DEPTH, Front, spelt_toml
-from tests.record_factory import record
+from tests.record_factory import fidelity, probe, record, step, steps
 from tests.shards import write_safetensors
 
 LONG = "x" * 5000
@@ -68,8 +77,6 @@ def test_a_preset_that_cannot_be_is_refused_by_name(front: Front, text: str, why
     ],
 )  # fmt: skip
 def test_a_size_of_a_model_that_is_none_is_refused_by_name(front: Front, command: str, field: str, value: Any) -> None:
-    import tomllib
-
     preset = tomllib.loads(SIX)
     preset["architecture"][field] = value
     if value is None:
@@ -163,3 +170,44 @@ def test_a_name_in_any_script_is_drawn_without_a_warning() -> None:
     work = Workload(sequence_length=512, steps=8, warmup_steps=2, data="/数据/训练.jsonl")
     two = [record("hqq", ask={"workload": work}), record("hqq")]
     assert any("训练" in plot.svg for plot in plots(compare(two)))
+
+
+# ---- numbers at the end of their range ---------------------------------------------------------------
+
+
+def test_losses_whose_sum_is_no_float_are_judged() -> None:
+    found = judge_stability(record("hqq", steps=tuple(step(i, losses=(1.7e308, 1.7e308)) for i in range(8))))
+    assert found.verdict in ("healthy", "spiking")
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_factor_that_is_not_finite_is_written_out(factor: float) -> None:
+    pair = StressedPair(scaled="up", compensated="down", factor=factor, float32_difference=None)
+    assert factor_in_words(factor) in ("Infinity", "NaN")
+    assert factor_in_words(factor) in page(compare([record("hqq", stress=(pair,))]), ())
+
+
+@pytest.mark.parametrize("value", [1.7e308, 5e-324, -1.0, math.inf])
+def test_a_number_that_no_axis_can_hold_is_a_marker_on_its_edge(value: float) -> None:
+    """Figures ended in an overflow inside matplotlib."""
+    odd = step(3, losses=(abs(value),), gradient_norm=value, seconds=abs(value))
+    errors = tuple(LayerFidelity(cosine=1.0, norm_ratio=1.0, relative_error=abs(v)) for v in (0.1, value, 0.2))
+    made = record("hqq", steps=(*steps("hqq")[:3], odd, *steps("hqq")[4:]), fidelity=fidelity(layers=errors))
+    drawn = {plot.name: plot for plot in plots(compare([made, record("bf16")]))}
+    plain = {plot.name: plot for plot in plots(compare([record("hqq", fidelity=fidelity(count=3)), record("bf16")]))}
+    assert drawn.keys() == plain.keys()
+    for name in ("gradient-norm", "gradient-fidelity"):
+        assert drawn[name].svg.count("<use") >= plain[name].svg.count("<use")
+
+
+def test_more_layers_than_the_axis_of_the_heat_map_was_made_for() -> None:
+    many = probe(activation_abs_max=(1.0,) * 5000, gradient_abs_max=(1.0,) * 5000)
+    made = record("hqq", steps=(step(2, probe=many),))
+    assert "decoder layer" in headroom_maps(make_rows([made]))[0].svg
+
+
+def test_steps_that_tell_of_different_numbers_of_layers_share_a_heat_map() -> None:
+    """From `ROWS` steps on several share a row."""
+    seen = [probe(activation_abs_max=(1.0,) * (1 + index % 3)) for index in range(3 * ROWS)]
+    made = record("hqq", steps=tuple(step(index, probe=one) for index, one in enumerate(seen)))
+    assert len(headroom_maps(make_rows([made]))) == 2

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bench.errors import printable
 
@@ -30,6 +30,10 @@ WIDTH_INCHES = 6.4
 LONGEST_OF_LINES, LONGEST_IN_LEGEND = 36, 64
 """Characters of a name beside a horizontal line, and in a legend, that leave room for the figure."""
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+SMALLEST_DRAWN, LARGEST_DRAWN = 1e-150, 1e150
+"""Beyond these the arithmetic of an axis leaves the range of floats."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,9 @@ def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
-        # The font is for measuring; a reader's own shows a name in any script.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        # Its remarks (a font without a sign of some script, an axis of one value) are not for who asked for
+        # a report: the font only measures, and the numbers stand in the figure's words.
+        warnings.simplefilter("ignore", UserWarning)
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -125,6 +130,15 @@ def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
         axes.patch.set_visible(False)
         figure.patch.set_visible(False)
         yield figure, axes
+
+
+def has_place(value: float | None, *, logarithmic: bool = False) -> TypeGuard[float]:
+    """Whether a value can be drawn on a scale."""
+    if value is None or not math.isfinite(value):
+        return False
+    if value == 0:
+        return not logarithmic
+    return SMALLEST_DRAWN <= abs(value) <= LARGEST_DRAWN and (value > 0 or not logarithmic)
 
 
 def name_lines(axes: Axes, names: Sequence[str]) -> None:
