@@ -69,9 +69,7 @@ def _body(kind: type[BaseModel], text: str, choice: int) -> dict[str, Any]:
 
 def _value(part: Any, text: str, choice: int) -> Any:
     origin, inner = get_origin(part), get_args(part)
-    if origin is Annotated:
-        return _value(inner[0], text, choice)
-    if origin in (Union, types.UnionType):
+    if origin in (Annotated, Union, types.UnionType):
         return _value(next(one for one in inner if one is not type(None)), text, choice)
     if origin is Literal:
         return inner[choice % len(inner)]

@@ -26,7 +26,8 @@ from bench.show.page import page
 from bench.show.plots import plots
 from bench.show.stability_view import factor_in_words
 from tests.forecast_factory import SIX
-from tests.fuzzing import DEPTH, Front, spelt_toml
+from tests.front import Front
+from tests.mutation import DEPTH, spelt_toml
 from tests.record_factory import fidelity, probe, record, step, steps
 from tests.shards import write_safetensors
 

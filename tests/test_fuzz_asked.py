@@ -16,7 +16,7 @@ from bench.ask.experiment import SETTABLE
 from bench.ask.preset import load_preset
 from bench.errors import printable
 from tests.forecast_factory import SIX
-from tests.fuzzing import (
+from tests.mutation import (
     NUMBERS,
     ODD,
     TEXTS,
@@ -78,7 +78,7 @@ VALID: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SPELT = (*TEXTS[:-7], "x" * 3000, *(str(number) for number in NUMBERS), *(spelt(odd) if not isinstance(odd, Raw) else odd.text[:9000] for odd in ODD),
          "a,b", ",", "--", "-", "=", "a=b", "1,2,3", "0x24GB", "1e3", "٣", "1_000", "tiny.toml", "~", "./", "hqq,hqq", "proxy ", "TINY", "bnb-n4")  # fmt: skip
-COMMANDS = {name: command for name, command in cli.cli.commands.items()}
+COMMANDS = dict(cli.cli.commands)
 NEVER = {"help"}
 
 

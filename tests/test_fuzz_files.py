@@ -21,7 +21,9 @@ from bench.record.triage import save_triage
 from bench.show import report as written
 from tests.fit_factory import backend_forecast, forecast, on_cards
 from tests.forecast_factory import times
-from tests.fuzzing import Front, budgets, damaged, fuzzed, mutants, spelt
+from tests.front import Front
+from tests.fuzzing import budgets, fuzzed
+from tests.mutation import damaged, mutants, spelt
 from tests.record_factory import (
     failed,
     fidelity,
@@ -32,8 +34,9 @@ from tests.record_factory import (
     steps,
     triage,
 )
+from tests.test_fuzz_asked import SOAK as SOAK_ASKED
 
-QUICK, SOAK = budgets(records=(400, 3500), reports=(150, 1500), drawn=(8, 500), documents=(150, 1500), logs=(400, 3000), times=(100, 800))
+QUICK, SOAK = budgets(records=(400, 3500), reports=(80, 2500), drawn=(3, 500), documents=(80, 1500), logs=(400, 3000), times=(100, 800))
 
 
 @cache
@@ -143,6 +146,11 @@ def test_step_times_are_read_or_refused(front: Front, data: st.DataObject) -> No
         assert "\n" not in str(error)
     else:
         assert found is None or found.rounds() is not None
+
+
+def test_the_soak_part_gives_20_000_inputs_or_more() -> None:
+    """Each of its tests asserts that the command was given as many as stand here."""
+    assert sum(SOAK.values()) + sum(SOAK_ASKED.values()) >= 20_000
 
 
 # ---- logs -------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from bench.show.tables import csv, markdown, terminal_table
 from bench.show.terminal import Terminal
 from tests.browser import find_browser, launched
 from tests.fit_factory import forecast
-from tests.fuzzing import CONTROL, Front
+from tests.front import CONTROL, Front
 from tests.planting import filled, literals, texts_of
 from tests.record_factory import margin_runs, planted, record, triage
 

@@ -18,7 +18,16 @@ from bench.record.schema import SCHEMA_VERSION, Record
 from bench.show.field_reference import DOCUMENT, field_reference
 from tests.command import Command
 from tests.fit_factory import on_cards
-from tests.record_factory import eight_backends, failed, fidelity, margin_runs, overflowing, planted, probed, record
+from tests.record_factory import (
+    eight_backends,
+    failed,
+    fidelity,
+    margin_runs,
+    overflowing,
+    planted,
+    probed,
+    record,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "results").rglob("*.record.json"))

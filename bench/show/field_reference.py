@@ -144,8 +144,8 @@ def _type(about: Mapping[str, Any]) -> str:
             found = f"list of {_type(items)}"
         case {"type": "object"}:
             inner = about.get("additionalProperties")
-            typed = isinstance(inner, dict) and inner
-            found = f"object: name to {_type_or_null(inner)}" if typed else "object"
+            of = f": name to {_type_or_null(inner)}" if isinstance(inner, dict) and inner else ""
+            found = f"object{of}"
         case {"type": str(kind)}:
             found = f"{kind}{_bounds(about)}"
         case _:
