@@ -69,6 +69,14 @@ def test_a_preset_that_cannot_be_is_refused_by_name(front: Front, text: str, why
     assert why in ended.err
 
 
+@pytest.mark.parametrize("table", ["options", "synthetic_options"])
+def test_options_of_a_backend_that_does_not_exist_are_refused(front: Front, table: str) -> None:
+    """They were passed over, and the run had the defaults."""
+    Path("mine.toml").write_text(f"{SIX}\n[{table}.hq]\ngroup_size = 32\n", encoding="utf-8")
+    ended = front.holds(["run", "--dry-run", "--preset", "mine.toml", "--backend", "hqq"], "mine.toml")
+    assert "'hq'; did you mean 'hqq'?" in ended.err
+
+
 @pytest.mark.parametrize(
     ("command", "field", "value"),
     [

@@ -16,19 +16,9 @@ from bench.ask.experiment import SETTABLE
 from bench.ask.preset import load_preset
 from bench.errors import printable
 from tests.forecast_factory import SIX
-from tests.mutation import (
-    NUMBERS,
-    ODD,
-    TEXTS,
-    Front,
-    Raw,
-    budgets,
-    damaged,
-    fuzzed,
-    mutants,
-    spelt,
-    spelt_toml,
-)
+from tests.front import Front
+from tests.fuzzing import budgets, fuzzed
+from tests.mutation import NUMBERS, ODD, TEXTS, Raw, damaged, mutants, spelt, spelt_toml
 from tests.shards import write_safetensors
 
 QUICK, SOAK = budgets(presets=(150, 2500), flags=(400, 4000), settings=(250, 2000), stress=(150, 800), backends=(80, 400),
