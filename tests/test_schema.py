@@ -31,7 +31,11 @@ from tests.record_factory import (
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "results").rglob("*.record.json"))
-OLD = sorted((ROOT / "tests" / "data" / "records").glob("*.record.json"))
+OLD = [
+    path
+    for path in sorted((ROOT / "tests" / "data" / "records").glob("*.record.json"))
+    if not path.name.startswith(("5-", "6-"))  # have a field that was taken out (bench.record.migration)
+]
 STALE = "the models have changed: run `make docs` and commit what it writes"
 
 

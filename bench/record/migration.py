@@ -3,8 +3,8 @@
 There is one version of each so far. Fields that were added within it have a null or empty default, which
 older files get; a field that was taken out again is dropped by `without_removed_fields`. When a field changes
 its meaning there will be a version 2, and here the function that makes a body of version 1 one of version 2.
-tests/test_old_records.py holds a real record of every shape that there was. A file of a version that came
-later is refused, never guessed at.
+tests/test_old_records.py holds a record of every shape that there was. A file of a version that came later is
+refused, never guessed at.
 """
 
 from __future__ import annotations
