@@ -13,7 +13,8 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability soak lint check overhead probes truth proxy gpu-72b wheel lock clean
+.PHONY: help bench report smollm2 test stability soak docs lint check overhead probes truth proxy gpu-72b wheel lock \
+  clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,9 @@ stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margi
 
 soak: $(READY) ## The long proofs: every planted fault, kill -9 at random moments, 20,000 bad inputs
 	$(BIN)/python -m pytest --timeout=7200 -m soak $(FLAGS)
+
+docs: $(READY) ## Write docs/record.md and the record's JSON Schema out of the models
+	$(BIN)/python -m bench.show.field_reference
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

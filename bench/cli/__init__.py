@@ -21,9 +21,10 @@ from bench.cli.overhead import overhead
 from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
+from bench.cli.schema import schema
 from bench.cli.triage import triage
 from bench.cli.watch import watch
-from bench.errors import UserError, unknown
+from bench.errors import UserError, one_line, unknown
 
 
 class _Group(click.Group):
@@ -48,7 +49,8 @@ def cli() -> None:
 
 
 for command in (
-    run, plan, forecast, triage, margin, diagnose, report, watch, compare, runs, backends, check, overhead,
+    run, plan, forecast, triage, margin, diagnose, report, watch, compare, runs, backends, check, schema,
+    overhead,
 ):  # fmt: skip
     cli.add_command(command)
 
@@ -61,7 +63,7 @@ def main() -> NoReturn:
         click.echo(f"qlora-bench: {error}", err=True)
         sys.exit(EXIT_BAD_INPUT)
     except click.ClickException as error:
-        click.echo(f"qlora-bench: {' '.join(error.format_message().split())}", err=True)
+        click.echo(f"qlora-bench: {one_line(error.format_message())}", err=True)
         sys.exit(EXIT_BAD_INPUT)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)

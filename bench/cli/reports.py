@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.cli.allow import allow_option
-from bench.errors import UserError, unknown
+from bench.errors import UserError, one_line, unknown
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
@@ -101,13 +101,14 @@ def runs(folder: Path, as_json: bool) -> None:
     """List the records in FOLDER."""
     from bench.record.store import Store
     from bench.show.progress import describe_end
+    from bench.show.terminal import say
 
     records = list(Store(folder).records())
     if as_json:
         print_records(records)
         return
     for record in records:
-        click.echo(f"{record.key}  {describe_end(record)}")
+        say(one_line(f"{record.key}  {describe_end(record)}"))
 
 
 def show(
@@ -122,16 +123,15 @@ def show(
 
     ``allow``: differences with which runs are compared all the same (``--allow``).
     """
-    from rich.console import Console
-
     from bench.show.tables import terminal_table
+    from bench.show.terminal import Terminal
 
     comparison, files = written_report(records, folder, allow)
     if as_json:
         print_records(records)
     else:
         if not quiet:
-            Console().print(terminal_table(comparison))
+            Terminal().print(terminal_table(comparison))
         click.echo(f"report: {files.html}")
 
 

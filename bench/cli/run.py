@@ -89,23 +89,23 @@ def run(
     allow: frozenset[str], no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: Any
 ) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
-    from rich.console import Console
-
     from bench.record.store import read_record
     from bench.run.arrange import Asked, arrange
     from bench.run.preflight import Examiner
     from bench.run.sweep import run_sweep
     from bench.show.progress import Display
+    from bench.show.terminal import Terminal
 
-    console = Console(stderr=as_json, quiet=quiet or as_json)
+    console = Terminal(stderr=as_json, quiet=quiet or as_json)
     arranged = arrange(Asked(**flags))
     sweep = replace(arranged.sweep, examiner=Examiner(skip=True)) if no_preflight else arranged.sweep
+    if not dry_run:
+        sweep.store.open_for_writing()
     for line in filter(None, (arranged.headline, other_commits(sweep, allow))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _print_plan(sweep, as_json=as_json)
         return
-    sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             for _ in run_sweep(sweep, display):
@@ -121,6 +121,8 @@ def run(
 
 
 def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
+    from bench.show.terminal import say
+
     waiting = {request.key for request in sweep.waiting()}
     if as_json:
         click.echo(json.dumps([request.model_dump(mode="json") for request in sweep.requests], indent=1))
@@ -133,5 +135,5 @@ def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
             if (reason := sweep.obstacle(request))
             else "to run"
         )
-        click.echo(f"{request.key}  seed {request.seed}  {state}")
-        click.echo(f"  {request.command}")
+        say(f"{request.key}  seed {request.seed}  {state}")
+        say(f"  {request.command}")

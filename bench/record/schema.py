@@ -35,9 +35,12 @@ class Device(Recorded):
     """One device of the run. On a CPU run: the processor and the machine's memory."""
 
     device: str
+    """As torch names it: cuda:0, cpu."""
     name: str
     total_memory_bytes: Bytes | None
+    """Null where the driver tells none."""
     compute_capability: str | None = None
+    """CUDA: such as 8.9."""
     driver: str | None = None
     power_limit_watts: float | None = None
 
@@ -46,14 +49,20 @@ class Environment(Recorded):
     """Where the run happened."""
 
     platform: str
+    """Operating system, kernel and C library."""
     python: str
     cpu: str
+    """Name of the processor."""
     cpu_cores: int
+    """Cores that the process may use."""
     cpu_threads: int
     """Threads torch used, in each process."""
     total_memory_bytes: Bytes
+    """Of the machine."""
     cuda: str | None
+    """Version that torch was built for; null: no card was used."""
     devices: tuple[Device, ...]
+    """In order."""
     versions: Mapping[str, str | None]
     """Every library in play; null: not installed."""
     quantization_libraries_imported: tuple[str, ...]
@@ -66,6 +75,7 @@ class Environment(Recorded):
     commit: str | None
     """Commit of the harness, null outside a checkout."""
     dirty: bool | None
+    """Whether the checkout had changes that were not committed; null outside a checkout."""
 
 
 class Quantization(Recorded):
@@ -78,7 +88,9 @@ class Quantization(Recorded):
     weights: int
     """Weights in them."""
     requested_dtype: str
+    """Compute dtype that was asked for."""
     effective_dtype: str
+    """Compute dtype that the layers really use."""
     storage_bits_per_weight: float
     """Counted from the tensors that the layers hold; biases excluded."""
     expected_bits_per_weight: float
@@ -95,6 +107,7 @@ class Load(Recorded):
     """The way from nothing to a model ready to train."""
 
     import_seconds: Seconds
+    """Importing torch, transformers and the backend's libraries."""
     prepare_seconds: Seconds | None = None
     """Making a pre-quantized checkpoint, where one was made for this run; not part of the load."""
     load_seconds: Seconds
@@ -111,6 +124,7 @@ class Load(Recorded):
     cache_bytes: Bytes | None = None
     """Of the quantized layers as they are in the cache."""
     attach_seconds: Seconds | None = None
+    """Putting the adapters on."""
     host_peak_bytes: Bytes | None
     """Peak resident memory of the process up to the end of the load, filling the cache included."""
     weights_digest: str
@@ -122,47 +136,64 @@ class LoraFacts(Recorded):
     """The adapters as attached."""
 
     parameters: int
+    """Trainable values in all."""
     tensors: int
+    """How many they are."""
     names: tuple[str, ...] = ()
     """Of every tensor, in the order in which the steps' probes tell of them."""
     dtype: str
+    """Of the adapters' weights."""
     initial_digest: str
     """SHA-256 over names and float32 values of all initial LoRA tensors."""
     shapes_digest: str
+    """SHA-256 over names and shapes of all LoRA tensors."""
 
 
 class WorkloadFacts(Recorded):
     """The work as consumed."""
 
     source: str
+    """Where the text came from."""
     tokenizer: str
+    """What made token ids of it."""
     examples: int
+    """Conversations that were read."""
     digest: str | None
     """SHA-256 over the ids, labels and masks in the order in which the loop consumed them; of several
     processes, in the order of the stream that they share."""
     tokens: int
     """Non-padding tokens consumed."""
     loss_tokens: int
-    batches_without_targets: int
+    """Those that the loss is taken of: the answers."""
+    batches_without_targets: int | None = None
     """Micro-batches that held no answer token: passed over, or trained on with ``workload.without_targets``
-    "train"."""
+    "train". Null in records made before they were counted."""
     attention: str
+    """Of the model, by the name under which it is asked for."""
     autocast_dtype: str | None
+    """Null: the training ran without autocast."""
 
 
 class MemoryReading(Recorded):
     """Memory of one device at the end of one phase. CUDA has allocator figures, CPU has resident ones."""
 
     phase: Phase
+    """At whose end it was read."""
     device: str
     rank: int | None = None
     """Of the process, where a run has several."""
     allocated_bytes: Bytes | None = None
+    """CUDA: tensors in torch's allocator."""
     peak_allocated_bytes: Bytes | None = None
+    """Highest within the phase."""
     reserved_bytes: Bytes | None = None
+    """CUDA: what the allocator holds of the device."""
     peak_reserved_bytes: Bytes | None = None
+    """Highest within the phase."""
     nvml_used_bytes: Bytes | None = None
+    """CUDA: used on the device by all processes, as the driver says."""
     resident_bytes: Bytes | None = None
+    """Of the process, in the machine's memory."""
     peak_resident_bytes: Bytes | None = None
     """Peak within the phase where the system can reset it, else up to here."""
 
@@ -174,18 +205,26 @@ class BytesByKind(Recorded):
     rank: int | None = None
     """Of the process, where a run has several."""
     quantized_weights: Bytes
+    """Packed codes."""
     quantization_metadata: Bytes
+    """Scales, zeros, tables."""
     unquantized_weights: Bytes
+    """Embedding, head, norms, biases."""
     lora: Bytes
+    """Weights of the adapters."""
     gradients: Bytes | None = None
+    """Of the adapters."""
     optimizer_state: Bytes | None = None
+    """The optimizer's moments."""
 
 
 class Memory(Recorded):
     """Where the memory went."""
 
     readings: tuple[MemoryReading, ...] = ()
+    """By phase and device."""
     bytes_by_kind: tuple[BytesByKind, ...] = ()
+    """By device."""
     phase_step: int | None = None
     """The step whose forward, backward and optimizer phases were read (a warm-up step)."""
     process_peak_resident_bytes: Bytes | None = None
@@ -201,7 +240,9 @@ class Step(Recorded):
     """One optimizer step."""
 
     index: int
+    """From 0."""
     warmup: bool
+    """Whether the timing statistics leave the step out."""
     losses: tuple[float, ...]
     """Mean loss per loss token of each micro-batch, raw; those of all processes, in the stream's order."""
     gradient_norm: float
@@ -213,12 +254,15 @@ class Step(Recorded):
     tokens: int
     """Non-padding tokens of all processes."""
     loss_tokens: int
+    """Tokens that the loss is a mean over."""
     applied: bool
     """False where the float16 scaler skipped the update."""
     loss_scale: float | None = None
+    """Of the float16 scaler in this step; null: there was none."""
     peak_reserved_bytes: Bytes | None = None
     """CUDA: highest over the devices, since the step began."""
     resident_bytes: Bytes | None = None
+    """Of the process when the step ended."""
     probe: StepProbe | None = None
     """Null in records made before there was one."""
 
@@ -236,6 +280,7 @@ class Proof(Recorded):
     ranks_agree: bool | None = None
     """Of several processes: digests, gradient norms, skipped updates and trained adapters are the same."""
     base_frozen: bool | None = None
+    """Whether no parameter but the adapters' can be trained."""
     gradients_reach_adapters: bool | None = None
     """After the first backward every adapter tensor has a gradient, and no B's is zero everywhere (A's is
     zero while B is)."""
@@ -249,26 +294,34 @@ class Proof(Recorded):
     non_finite_weights: tuple[str, ...] = ()
     """Those that were not: module, tensor and number of values, one sentence each."""
     breaches: tuple[str, ...] = ()
+    """What did not hold, a sentence each."""
 
 
 class Record(Recorded):
     """One run."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Of the record's format."""
     key: str
+    """Name of the run and of its file: readable, and unique for what the result depends on."""
     command: str
+    """The command line that repeats this run."""
     request: RunRequest
+    """What was asked for."""
     status: Status
+    """How the run ended."""
     stage: Stage | None
     """Where a run that is not completed ended."""
     message: str | None
     """Why, in one line."""
     stderr_tail: str | None = None
+    """The last that the worker wrote to its standard error; null where the run completed."""
     exit_code: int | None = None
     """Negative: the number of the signal that ended the worker."""
     started_at: str
     """UTC, ISO 8601."""
     wall_seconds: Seconds
+    """Of the whole run, the start of its process included."""
     preflight: Preflight | None = None
     """What was found about the cards before the command's first run; null where it was not on CUDA, and in
     records made before there was one."""

@@ -15,10 +15,16 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from bench.ask.documents import parsed
 from bench.errors import BrokenFile, UserError
-from bench.record.schema import SCHEMA_VERSION, Record
+from bench.record.migration import refuse_other_version, version_field, without_removed_fields
+from bench.record.schema import Record
 
 SUFFIX = ".record.json"
+MOST_DIGITS = 20
+"""Of a whole number with 64 bits, its sign included."""
+_NINETEEN_DIGITS = b"0" * 19
+_DIGITS_AS_ZEROS = bytes.maketrans(b"0123456789", _NINETEEN_DIGITS[:10])
 REPEATED_STATUSES = frozenset({"interrupted", "unavailable"})
 """Outcomes that say nothing about the backend: the same command tries these runs again."""
 
@@ -67,7 +73,11 @@ class Store:
 
         Raises BrokenFile for a folder that does not exist or a file that is no record.
         """
-        if not self.folder.is_dir():
+        try:
+            there = self.folder.is_dir()
+        except OSError:  # a name too long for a path
+            there = False
+        if not there:
             raise BrokenFile(f"'{self.folder}' is not a folder of records")
         found = [read_record(path) for path in sorted(self.folder.rglob(f"*{SUFFIX}"))]
         yield from sorted(found, key=lambda record: (record.started_at, record.key))
@@ -85,16 +95,8 @@ class Store:
 def read_record(path: Path) -> Record:
     """Read one record. Raises BrokenFile, naming the file and the first thing wrong with it."""
     try:
-        text = path.read_text(encoding="utf-8")
-        version = _version_of(text)
-        if version != SCHEMA_VERSION:
-            raise BrokenFile(f"'{path}' has record schema {version!r}, this version reads {SCHEMA_VERSION}")
-        return Record.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' is not a record: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        return _read(path, Record, "a record", "record schema")
+    except FileNotFoundError as error:
         raise BrokenFile(f"'{path}' is not a record: {error}") from None
 
 
@@ -107,15 +109,40 @@ def read_document(path: Path, kind: type[Document], what: str) -> Document | Non
     Raises BrokenFile, naming the file, ``what`` it should be and the first thing wrong with it.
     """
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return _read(path, kind, what, f"{what.removeprefix('a ')} version")
     except FileNotFoundError:
         return None
+
+
+def _read(path: Path, kind: type[Document], what: str, version: str) -> Document:
+    """A file as what it should be. Raises BrokenFile, and FileNotFoundError where there is none."""
+    try:
+        text = path.read_bytes()
+        _refuse_endless_numbers(text)
+        try:
+            found = kind.model_validate_json(text)
+        except ValidationError:
+            body = parsed(text)
+            # A file of another version has other fields, and its version says more than the first of them.
+            refuse_other_version(path, body, kind, version)
+            if kind is not Record or not without_removed_fields(body):
+                raise
+            found = kind.model_validate_json(json.dumps(body))
+        if version_field(kind) not in {None, *found.model_fields_set}:
+            refuse_other_version(path, parsed(text), kind, version)
+    except FileNotFoundError:
+        raise
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' is not {what}: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenFile(f"'{path}' is not {what}: {_first_problem(error)}") from None
+    except (OSError, ValueError) as error:
         raise BrokenFile(f"'{path}' is not {what}: {error}") from None
+    return found
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "file"
+    return f"{where}: {first['msg']}"
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -150,6 +177,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _version_of(text: str) -> object:
-    body = json.loads(text)
-    return body.get("schema_version") if isinstance(body, dict) else None
+def _refuse_endless_numbers(text: bytes) -> None:
+    """Raise ValueError for a whole number of more than 64 bits: none that is recorded comes near, and what is
+    derived from one (a mean, a place in a figure) would leave the range of floats."""
+    # The quick look comes first, since it is taken at every record: a float that Python wrote has 17 digits.
+    if _NINETEEN_DIGITS in text.translate(_DIGITS_AS_ZEROS):
+        parsed(text, whole=_of_64_bits)
+
+
+def _of_64_bits(digits: str) -> int:
+    # By the digits first: Python reads no number of more than 4300.
+    if len(digits) > MOST_DIGITS or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the whole number {digits[:MOST_DIGITS]}... has more than 64 bits")
+    return int(digits)

@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from bench.judge.comparison import Comparison
 from bench.record.forecast import BackendForecast, Forecast, Line
@@ -19,6 +18,7 @@ from bench.show.drawing import (
     Style,
     assign_styles,
     finish,
+    has_place,
     height_with_legend,
     legend_below,
     new_figure,
@@ -55,7 +55,7 @@ def _step_by_depth(forecast: Forecast) -> Plot | None:
     shown = [
         (backend, line)
         for backend in forecast.backends
-        if (line := backend.line("step", "step")) is not None and any(map(_has_place, line.at_slices))
+        if (line := backend.line("step", "step")) is not None and any(map(has_place, line.at_slices))
     ]
     if not shown:
         return None
@@ -88,29 +88,29 @@ def _draw_line(
     """The slices as dots, the line through them, and at its end the interval and what was measured there."""
     full, place = ends
     look: Any = {"color": style.color, "marker": style.marker, "ms": 5}
-    points = [(x, y) for x, y in zip(backend.slices, line.at_slices, strict=False) if _has_place(y)]
+    points = [(x, y) for x, y in zip(backend.slices, line.at_slices, strict=False) if has_place(y)]
     axes.plot([x for x, _ in points], [y for _, y in points], ls="", **look)
     if (
         line.fixed is not None
         and line.per_layer is not None
-        and _has_place(line.fixed + full * line.per_layer)
+        and has_place(line.fixed + full * line.per_layer)
     ):
         ends_at = [line.fixed, line.fixed + full * line.per_layer]
         axes.plot([0, full], ends_at, color=style.color, ls=style.line, lw=1.1)
-    if _has_place(line.predicted):
+    if has_place(line.predicted):
         axes.plot([place], [line.predicted], ls="", **look)
-    if _has_place(line.low) and _has_place(line.high):
+    if has_place(line.low) and has_place(line.high):
         axes.plot([place, place], [line.low, line.high], color=style.color, lw=1.6, marker="_", ms=7)
-    if _has_place(line.measured):
+    if has_place(line.measured):
         axes.plot([place], [line.measured], ls="", color=INK, mfc="none", marker="o", ms=10, mew=1.3)
     return _handle(color=style.color, marker=style.marker, ls=style.line)
 
 
 def _signs(shown: Sequence[tuple[BackendForecast, Line]]) -> dict[str, Line2D]:
     found = {}
-    if any(_has_place(line.low) for _, line in shown):
+    if any(has_place(line.low) for _, line in shown):
         found["95 % interval"] = _handle(color=INK, marker="_", ls="-", lw=1.6)
-    if any(_has_place(line.measured) for _, line in shown):
+    if any(has_place(line.measured) for _, line in shown):
         found["measured, all layers"] = _handle(color=INK, marker="o", mfc="none", ms=9, ls="")
     return found
 
@@ -130,6 +130,3 @@ def _in_words(backend: BackendForecast, line: Line, full: int) -> str:
     measured = "" if line.measured is None else f", measured {number(line.measured)}"
     return f"{backend.backend} {at}, {forecast}{measured}"
 
-
-def _has_place(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)

@@ -13,10 +13,12 @@ from bench.judge.margin import Margin
 from bench.judge.rows import Row
 from bench.show.columns import number
 from bench.show.drawing import (
+    SMALLEST_DRAWN,
     Plot,
     Style,
     assign_styles,
     finish,
+    has_place,
     height_with_legend,
     legend_below,
     name_lines,
@@ -48,9 +50,9 @@ def fidelity_by_layer(rows: Sequence[Row], styles: Mapping[str, Style]) -> Plot 
             look: Any = {"color": style.color, "marker": style.marker, "ls": style.line, "ms": 4}
             (line,) = axes.plot(range(len(drawn)), drawn, **look)
             legend.setdefault(ended(row.label, row), line)
-            zero = [layer for layer, value in enumerate(errors) if value == 0]
+            below = [layer for layer, value in enumerate(errors) if _is_below(value)]
             edge_markers(axes, _broken(errors), 1.0 + 0.055 * crossed, "x", style)
-            edge_markers(axes, zero, 0.0, "v", style)
+            edge_markers(axes, below, 0.0, "v", style)
             crossed += bool(_broken(errors))
         axes.set_xlabel("decoder layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
@@ -70,11 +72,19 @@ def _errors(row: Row) -> tuple[float | None, ...]:
 
 def _placed(value: float | None) -> float:
     """The value where it has a place on a logarithmic scale, else NaN, which matplotlib leaves out."""
-    return value if value is not None and math.isfinite(value) and value > 0 else math.nan
+    return value if has_place(value, logarithmic=True) else math.nan
 
 
 def _broken(errors: Sequence[float | None]) -> list[int]:
-    return [layer for layer, value in enumerate(errors) if value is not None and not math.isfinite(value)]
+    return [
+        layer
+        for layer, value in enumerate(errors)
+        if value is not None and not _is_below(value) and not has_place(value, logarithmic=True)
+    ]
+
+
+def _is_below(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value < SMALLEST_DRAWN
 
 
 def _fidelity_words(compared: Mapping[Row, Sequence[float | None]]) -> str:

@@ -13,9 +13,11 @@ from bench.record.schema import Step
 from bench.show.columns import number
 from bench.show.drawing import (
     INK,
+    SMALLEST_DRAWN,
     Plot,
     Style,
     finish,
+    has_place,
     height_with_legend,
     legend_below,
     name_lines,
@@ -70,11 +72,14 @@ def strip(rows: Sequence[Row], styles: Styles, quantity: Quantity) -> Plot | Non
     with new_figure(0.7 + 0.36 * len(middles)) as (figure, axes):
         for place, (row, middle) in enumerate(middles.items()):
             style = styles[row.label]
-            dots = [quantity.of_step(step) for step in row.record.steps if not step.warmup]
+            seen = [quantity.of_step(step) for step in row.record.steps if not step.warmup]
+            dots = [value if has_place(value) else math.nan for value in seen]
             # Fanned out in the order of the steps, so that no dot hides another.
             heights = [place + 0.5 * ((dot + 0.5) / len(dots) - 0.5) for dot in range(len(dots))]
             axes.plot(dots, heights, ls="", marker=style.marker, mfc="none", color=style.color)
-            axes.plot([middle, middle], [place - 0.34, place + 0.34], color=INK, lw=2, solid_capstyle="butt")
+            if has_place(middle):
+                bar = [place - 0.34, place + 0.34]
+                axes.plot([middle, middle], bar, color=INK, lw=2, solid_capstyle="butt")
             axes.annotate(number(middle), (1.01, place), xycoords=("axes fraction", "data"), va="center")
         name_lines(axes, [ended(row.name, row) for row in middles])
         axes.set_xlabel(quantity.axis)
@@ -100,7 +105,11 @@ class Curve:
 
     def has_place(self, value: float) -> bool:
         """Whether a value can be drawn on the scale."""
-        return math.isfinite(value) and (value > 0 or not self.logarithmic)
+        return has_place(value, logarithmic=self.logarithmic)
+
+    def is_below(self, value: float) -> bool:
+        """Whether it lies below all that has a place on a logarithmic scale."""
+        return self.logarithmic and math.isfinite(value) and value < SMALLEST_DRAWN
 
 
 LOSS = Curve("loss", "Loss", "mean loss per loss token (nats)", "Loss of each step", step_loss, False)
@@ -133,11 +142,12 @@ def curves(rows: Sequence[Row], styles: Styles, curve: Curve) -> Plot | None:
             drawn = [value if curve.has_place(value) else math.nan for value in values.values()]
             (line,) = axes.plot(list(values), drawn, color=style.color, marker=style.marker, ls=style.line)
             legend.setdefault(ended(row.label, row), line)
-            broken = [index for index, value in values.items() if not math.isfinite(value)]
-            zero = [index for index, value in values.items() if value == 0 and curve.logarithmic]
+            below = [index for index, value in values.items() if curve.is_below(value)]
+            off = [index for index, value in values.items() if not curve.has_place(value)]
+            broken = [index for index in off if index not in below]
             # Each run a little higher than the one before: crosses of two runs must not cover each other.
             edge_markers(axes, broken, 1.0 + 0.055 * crossed, "x", style)
-            edge_markers(axes, zero, 0.0, "v", style)
+            edge_markers(axes, below, 0.0, "v", style)
             crossed += bool(broken)
         _frame_steps(axes, rows)
         placed = [v for values in series.values() for v in values.values() if curve.has_place(v)]
