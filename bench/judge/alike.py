@@ -74,11 +74,9 @@ class _Pile:
 
     def agrees(self, other: _Pile) -> bool:
         """Whether nothing known of both is different; of two with the same ``fixed``."""
-        return all(
-            mine.get(place, value) == value
-            for mine, its in ((self.drawn, other.drawn), (self.partial, other.partial))
-            for place, value in its.items()
-        )
+        if any(self.drawn.get(repeat, values) != values for repeat, values in other.drawn.items()):
+            return False
+        return all(self.partial.get(place, value) == value for place, value in other.partial.items())
 
     def take(self, other: _Pile) -> None:
         """Have the runs of another that agrees."""
