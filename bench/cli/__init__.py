@@ -19,6 +19,7 @@ from bench.cli.margin import margin
 from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
+from bench.cli.surroundings import prepare
 from bench.cli.triage import triage
 from bench.errors import UserError, unknown
 
@@ -50,6 +51,7 @@ for command in (run, plan, forecast, triage, margin, diagnose, backends, check, 
 
 def main() -> NoReturn:
     """Entry point of the command. Prints a person's errors as one line and exits with 2."""
+    prepare()
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
@@ -61,6 +63,9 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except MemoryError:
+        click.echo("qlora-bench: out of memory; finished records are kept", err=True)
+        sys.exit(EXIT_FAILED_RUNS)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to say, and nobody to say it to.
         sys.stderr.close()

@@ -123,8 +123,8 @@ def _measured(plan: ForecastPlan, console: Console, tell: Callable[[str], None])
     from bench.run.forecast import Measuring
     from bench.show.progress import Display
 
-    for sweep in (plan.full, plan.sweep):
-        sweep.store.open_for_writing()
+    for store in {sweep.store.folder: sweep.store for sweep in (plan.full, plan.sweep)}.values():
+        click.get_current_context().with_resource(store.open_for_writing())
     try:
         with Display(console) as display:
             return Measuring(plan, display, tell).all()

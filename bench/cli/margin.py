@@ -59,7 +59,7 @@ def margin(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     tell(plan.headline)
-    plan.sweep.store.open_for_writing()
+    click.get_current_context().with_resource(plan.sweep.store.open_for_writing())
     try:
         with Display(console) as display:
             runner = OneByOne(plan.sweep, display, evidence, tell)

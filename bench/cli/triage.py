@@ -52,7 +52,7 @@ def triage(only: tuple[str, ...], quiet: bool, as_json: bool, **flags: Any) -> N
 
     plan = arrange_triage(Asked(**flags), only)
     tell(plan.headline)
-    plan.sweep.store.open_for_writing()
+    click.get_current_context().with_resource(plan.sweep.store.open_for_writing())
     try:
         with Display(console) as display:
             found = climbed_triage(plan, OneByOne(plan.sweep, display, evidence, tell))

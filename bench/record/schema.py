@@ -23,7 +23,10 @@ from bench.record.stability import Fidelity, FirstFailure, Replay, StepProbe, St
 
 SCHEMA_VERSION: Final = 1
 
-Status = Literal["completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted"]
+Status = Literal[
+    "completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted", "skipped"
+]
+"""``skipped``: not run, because a run that needs no more had run out of memory (``bench.run.skipping``)."""
 Stage = Literal["launch", "prepare", "load", "attach", "train", "save"]
 Phase = Literal["loaded", "attached", "forward", "backward", "optimizer_step"]
 
