@@ -169,8 +169,8 @@ def _lacks_files(name: str, folder: Path | None) -> bool:
 
 
 def _download(name: str) -> Path:
-    """Fetch a model with consent given. The network is tried once, briefly, so that there is no long wait, and
-    a Hub that takes a request and says nothing is not waited for without end."""
+    """Fetch a model with consent given. The network is tried once, briefly, so that there is no long wait;
+    and a Hub that takes a request and says nothing is not waited for without end."""
     from huggingface_hub import constants, get_session, snapshot_download
 
     parts = urlsplit(constants.ENDPOINT)
