@@ -95,7 +95,7 @@ def test_the_reason_names_the_run_that_had_too_little() -> None:
     rule.observe(exhausted())
     reason = rule.reason(changed(SMALL, repeat=1))
     assert reason is not None
-    assert reason.startswith(f"skipped: {SMALL.key} ran out of memory with ")
+    assert reason.startswith(f"{SMALL.key} ran out of memory with ")
     assert reason.endswith("and this run needs no less; --no-skip runs it")
 
 
@@ -284,7 +284,7 @@ def test_what_is_skipped_is_a_row_of_the_report(command: Command, tmp_path: Path
     assert [by_run["early-fails", r]["status"] for r in range(3)] == ["error"] * 3
     assert len(place.workers()) == 4
     skipped = by_run["early-out-of-memory", 1]
-    assert (skipped["steps"], skipped["exit_code"], skipped["wall_seconds"]) == ([], None, 0)
+    assert (skipped["steps"], skipped["stage"], skipped["exit_code"], skipped["wall_seconds"]) == ([], None, None, 0)
     for file in ("report.html", "report.md", "report.csv"):
         text = (place.out / file).read_text(encoding="utf-8")
         assert "needs no less; --no-skip runs it" in text, file

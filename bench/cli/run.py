@@ -174,6 +174,6 @@ def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
         elif reason := sweep.obstacle(request):
             state = f"unavailable: {reason}"
         elif sweep.skip_larger and (reason := rule.reason(request)):
-            state = reason
+            state = f"skipped: {reason}"
         click.echo(f"{request.key}  seed {request.seed}  {state}")
         click.echo(f"  {request.command}")

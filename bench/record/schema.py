@@ -252,7 +252,7 @@ class Record(Recorded):
     request: RunRequest
     status: Status
     stage: Stage | None
-    """Where a run that is not completed ended."""
+    """Where a run that is not completed ended; null for one that was skipped."""
     message: str | None
     """Why, in one line."""
     stderr_tail: str | None = None

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def _train(order: Order, told: Told, listener: Listener) -> Ending:
     from bench.run.torchrun import work_together  # which imports this module
 
     if processes_of(order.request) > 1:
-        return work_together(order, told, listener, time.monotonic())
+        return _guarded(told, lambda: work_together(order, told, listener, time.monotonic()))
     return _work(order, told, listener, time.monotonic())
 
 
@@ -128,12 +129,15 @@ def _with_reference(order: Order, listener: Listener) -> Order:
 
 
 def _work(order: Order, told: Told, listener: Listener, began: float, work: str | None = None) -> Ending:
-    """One worker process from start to end. ``work``: the worker's flag; None: measure.
+    """One worker process from start to end. ``work``: the worker's flag; None: measure."""
+    return _guarded(told, lambda: _attended(order, told, listener, began, work))
 
-    What fails on this side is told too: the other runs go on.
-    """
+
+def _guarded(told: Told, work: Callable[[], Ending]) -> Ending:
+    """Do the work of a run. What fails on this side of it is told as its outcome, so that the other runs go
+    on."""
     try:
-        return _attended(order, told, listener, began, work)
+        return work()
     except BrokenPipeError:
         raise  # of the display: whoever read it has gone
     except OSError as error:

@@ -55,7 +55,7 @@ class SkipRule:
                 sizes = sizes_of(record.request)
                 layers = "layer" if sizes["layers"] == 1 else "layers"
                 return (
-                    f"skipped: {record.key} ran out of memory with {sizes['sequence_length']} tokens in a "
+                    f"{record.key} ran out of memory with {sizes['sequence_length']} tokens in a "
                     f"micro-batch of {sizes['micro_batch_size']} on {sizes['layers']} {layers}, and this run "
                     "needs no less; --no-skip runs it"
                 )

@@ -192,7 +192,7 @@ def not_started(
         command=request.command,
         request=request,
         status=status,
-        stage="launch",
+        stage=None if status == "skipped" else "launch",
         message=reason,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_seconds=0.0,

@@ -161,5 +161,5 @@ def describe_end(record: Record) -> str:
         cached = ", loaded from cache" if record.load and record.load.from_cache else ""
         return f"{name}: completed in {record.wall_seconds:.0f} s, {speed}{len(record.steps)} steps{cached}"
     if record.status == "skipped":
-        return f"{name}: {record.message}"
+        return f"{name}: skipped: {record.message}"
     return f"{name}: {record.status.replace('_', ' ')} in stage {record.stage}: {record.message}"
