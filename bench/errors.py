@@ -4,7 +4,8 @@
     ├── BadValue              a name or value that is not valid; names the nearest valid one
     ├── MissingLibrary        an importable package that a backend needs is not there
     ├── MissingModel          a model that is neither on disk nor to be fetched
-    └── BrokenFile            a file that cannot be read as what it should be
+    ├── BrokenFile            a file that cannot be read as what it should be
+    └── CannotWrite           a file that the system does not let us write
 
 Every other exception is a bug of ours and keeps its traceback.
 """
@@ -48,6 +49,10 @@ class MissingModel(UserError):
 
 class BrokenFile(UserError):
     """A file is not what its name or place promises."""
+
+
+class CannotWrite(UserError):
+    """A file cannot be written: the disk is full, read-only, or gone."""
 
 
 def printable(text: str) -> str:

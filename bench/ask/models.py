@@ -176,8 +176,9 @@ def _lacks_files(name: str, folder: Path | None) -> bool:
 
 
 def _download(name: str) -> Path:
-    """Fetch a model with consent given. The network is tried once, briefly, so that there is no long wait."""
-    from huggingface_hub import constants, snapshot_download
+    """Fetch a model with consent given. The network is tried once, briefly, so that there is no long wait;
+    and a Hub that takes a request and says nothing is not waited for without end."""
+    from huggingface_hub import constants, get_session, snapshot_download
 
     parts = urlsplit(constants.ENDPOINT)
     try:
@@ -187,11 +188,23 @@ def _download(name: str) -> Path:
             f"model '{name}' is not on this disk and the Hub cannot be reached from here",
             _ways_on(shape_known=False),
         ) from None
+    get_session().event_hooks["request"].append(_limited)
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED_PATTERNS)))
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MissingModel(f"model '{name}' could not be fetched: {reason}") from error
+
+
+def _limited(request: Any) -> None:
+    """Give a request of the Hub's client (httpx) a limit for each wait that has none: the one that asks which
+    files there are is sent without."""
+    from huggingface_hub import constants
+
+    limits = request.extensions.get("timeout", {})
+    unlimited = dict.fromkeys(("connect", "read", "write", "pool"), constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    given = {name: seconds for name, seconds in limits.items() if seconds is not None}
+    request.extensions = {**request.extensions, "timeout": unlimited | given}
 
 
 def _missing(name: str, *, shape_known: bool) -> MissingModel:

@@ -22,6 +22,7 @@ from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
 from bench.cli.schema import schema
+from bench.cli.surroundings import prepare
 from bench.cli.triage import triage
 from bench.cli.watch import watch
 from bench.errors import UserError, one_line, unknown
@@ -57,6 +58,7 @@ for command in (
 
 def main() -> NoReturn:
     """Entry point of the command. Prints a person's errors as one line and exits with 2."""
+    prepare()
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
@@ -68,6 +70,9 @@ def main() -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except MemoryError:
+        click.echo("qlora-bench: out of memory; finished records are kept", err=True)
+        sys.exit(EXIT_FAILED_RUNS)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to say, and nobody to say it to.
         sys.stderr.close()

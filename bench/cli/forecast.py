@@ -97,8 +97,8 @@ def forecast(
     subsets = parse_subsets(pairs, plan.slices, verify=verify)
     # Before anything is measured: cards for a model whose shapes are not known are a bad request.
     without_measuring(plan, wanted)
-    for sweep in (plan.full, plan.sweep):
-        sweep.store.open_for_writing()
+    for store in {sweep.store.folder: sweep.store for sweep in (plan.full, plan.sweep)}.values():
+        click.get_current_context().with_resource(store.open_for_writing())
     tell(plan.headline)
     measured = _measured(plan, console, tell)
     given = {"slices": slices, "cards": cards, "rounds": rounds, "warmup_rounds": warmup_rounds,

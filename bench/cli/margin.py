@@ -65,7 +65,7 @@ def margin(
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    plan.sweep.store.open_for_writing()
+    click.get_current_context().with_resource(plan.sweep.store.open_for_writing())
     tell(plan.headline)
     try:
         with Display(console) as display:

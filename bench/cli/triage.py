@@ -55,7 +55,7 @@ def triage(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     plan = arrange_triage(Asked(**flags), only)
-    plan.sweep.store.open_for_writing()
+    click.get_current_context().with_resource(plan.sweep.store.open_for_writing())
     tell(plan.headline)
     try:
         with Display(console) as display:

@@ -15,6 +15,8 @@ FEW_RUNS = 5
 """Fewer runs a side give wide intervals: the range of 5 values holds their median with a probability of 94 %,
 that of 3 with 75 % (``bench.judge.intervals``)."""
 
+UNCOMMITTED: Mapping[bool | None, str] = {True: "yes", False: "no", None: "unknown"}
+
 
 def changes_between(base: Sequence[Run], new: Sequence[Run]) -> Iterator[Difference]:
     """Harness, libraries and system, as far as they differ; every value of a side that holds several."""
@@ -38,7 +40,7 @@ def _surrounding(environment: Environment) -> Mapping[str, str]:
     drivers = {device.driver for device in environment.devices if device.driver}
     return {
         "harness commit": short(environment.commit or "outside a checkout"),
-        "uncommitted changes in the harness": {True: "yes", False: "no"}.get(environment.dirty, "unknown"),
+        "uncommitted changes in the harness": UNCOMMITTED[environment.dirty],
         "platform": environment.platform,
         "Python": environment.python,
         "CUDA": environment.cuda or "none",

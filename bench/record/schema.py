@@ -26,7 +26,10 @@ from bench.record.surroundings import Surroundings
 
 SCHEMA_VERSION: Final = 1
 
-Status = Literal["completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted"]
+Status = Literal[
+    "completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted", "skipped"
+]
+"""``skipped``: not run, because a run that needs no more had run out of memory (``bench.run.skipping``)."""
 Stage = Literal["launch", "prepare", "load", "attach", "train", "save"]
 Phase = Literal["loaded", "attached", "forward", "backward", "optimizer_step"]
 
@@ -311,7 +314,7 @@ class Record(Recorded):
     status: Status
     """How the run ended."""
     stage: Stage | None
-    """Where a run that is not completed ended."""
+    """Where a run that is not completed ended; null for one that was skipped."""
     message: str | None
     """Why, in one line."""
     stderr_tail: str | None = None

@@ -1,32 +1,38 @@
 """The folder of records: one JSON file a run, written atomically, read strictly.
 
 A record appears under its final name only when it is whole (written beside it, synced, renamed), so a
-reader never sees half of one and a killed command loses nothing that was finished.
+reader never sees half of one and a killed command loses nothing that was finished. One command at a time
+writes to a folder; a record that cannot be written there is kept elsewhere.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from bench.ask.documents import parsed
-from bench.errors import BrokenFile, UserError
+from bench.errors import BrokenFile, CannotWrite, UserError
 from bench.record.migration import refuse_other_version, version_field, without_removed_fields
 from bench.record.schema import Record
 
 SUFFIX = ".record.json"
+PART_SUFFIX = ".part"
 MOST_DIGITS = 20
 """Of a whole number with 64 bits, its sign included."""
 _NINETEEN_DIGITS = b"0" * 19
 _DIGITS_AS_ZEROS = bytes.maketrans(b"0123456789", _NINETEEN_DIGITS[:10])
-REPEATED_STATUSES = frozenset({"interrupted", "unavailable"})
+REPEATED_STATUSES = frozenset({"interrupted", "unavailable", "skipped"})
 """Outcomes that say nothing about the backend: the same command tries these runs again."""
+PROBE_BYTES = 2**20
+"""More than a record of a short run takes: a disk that has not even that is full."""
 
 
 class Store:
@@ -35,28 +41,50 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open_for_writing(self) -> None:
-        """Create the folder and prove that it can be written to, before anything is measured.
+    @contextmanager
+    def open_for_writing(self) -> Iterator[None]:
+        """Create the folder and prove that it can be written to, before anything is measured; inside the
+        ``with`` no other command may write to it. What a killed command left half-written is removed.
 
-        Raises UserError with the system's reason.
+        Raises UserError with the system's reason, or where another command has the folder.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-"):
-                pass
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-") as probe:
+                probe.write(bytes(PROBE_BYTES))
+                probe.flush()
+                os.fsync(probe.fileno())
         except OSError as error:
             raise UserError(
-                f"cannot write records to '{self.folder}': {error.strerror}",
+                f"cannot write records to '{self.folder}': {error.strerror or error}",
                 "choose another folder with --out",
             ) from None
+        with _held(self.folder):
+            for left in self.folder.glob(f".*{SUFFIX}.*{PART_SUFFIX}"):
+                left.unlink(missing_ok=True)
+            yield
 
     def path(self, key: str) -> Path:
         """Where the record of a run is kept."""
         return self.folder / f"{key}{SUFFIX}"
 
     def save(self, record: Record) -> Path:
-        """Write ``record`` atomically; an older record of the same run is replaced."""
-        return write_atomically(self.path(record.key), record.model_dump_json(indent=1) + "\n")
+        """Write ``record`` atomically; an older record of the same run is replaced.
+
+        Raises CannotWrite with the system's reason; the record is then kept in a folder for temporary files,
+        which the error names, if that can be written to.
+        """
+        text = record.model_dump_json(indent=1) + "\n"
+        try:
+            return write_atomically(self.path(record.key), text)
+        except CannotWrite as error:
+            kept = _keep_elsewhere(f"{record.key}{SUFFIX}", text)
+            hint = (
+                f"it is kept as '{kept}': move it into the folder and the same command goes on from there"
+                if kept
+                else "and nowhere else either: the record of this run is lost"
+            )
+            raise CannotWrite(error.message, hint) from None
 
     def finished(self, key: str) -> bool:
         """Whether the run of this key has a record that stands."""
@@ -67,6 +95,23 @@ class Store:
         # Cards on which copies arrive changed say nothing about the backend either.
         stopped = record.status == "error" and record.preflight is not None and record.preflight.stopped
         return not stopped and record.status not in REPEATED_STATUSES
+
+    def failed(self, key: str) -> bool:
+        """Whether the run of this key has a record, and did not complete."""
+        path = self.path(key)
+        return path.exists() and read_record(path).status != "completed"
+
+    def out_of_memory(self, key: str) -> bool:
+        """Whether the run of this key has a record that says so."""
+        path = self.path(key)
+        return path.exists() and read_record(path).status == "out_of_memory"
+
+    def of_backends(self, backends: Collection[str]) -> Iterator[Record]:
+        """Records of these backends in the folder itself. What is no record is passed over."""
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            if path.name.startswith(tuple(f"{backend}-" for backend in backends)):
+                with suppress(BrokenFile):
+                    yield read_record(path)
 
     def records(self) -> Iterator[Record]:
         """Every record in the folder and below it, in order of their start.
@@ -146,9 +191,21 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all, surviving a power cut after return. Text is written as UTF-8."""
+    """Write a file whole or not at all, surviving a power cut after return. Text is written as UTF-8.
+
+    Raises CannotWrite with the system's reason.
+    """
+    try:
+        _write(path, content)
+    except OSError as error:
+        raise CannotWrite(f"cannot write '{path}': {error.strerror or error}") from None
+    _sync_folder(path.parent)
+    return path
+
+
+def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -159,8 +216,40 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-    return path
+
+
+def _keep_elsewhere(name: str, text: str) -> Path | None:
+    """Write a file where temporary files belong. None: that cannot be done either."""
+    with suppress(OSError, CannotWrite):
+        return write_atomically(Path(tempfile.mkdtemp(prefix="qlora-bench-kept-")) / name, text)
+    return None
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the system lets go of it when the process ends, however it does.
+
+    The folder itself is locked, so that nothing is left in it. Not every file system can: there two commands
+    can write at once, each record still whole. Raises UserError where another command has it.
+    """
+    handle = None
+    try:
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+        if handle is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another command is writing to '{folder}'",
+                    "wait until it has ended, or choose another folder with --out",
+                ) from None
+            except OSError:
+                pass
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.judge.comparison import Comparison
 from bench.judge.decision import MEMORY, SPEED, dominated
@@ -55,11 +56,12 @@ def pareto(comparison: Comparison, styles: Mapping[str, Style]) -> Plot | None:
         handles = {}
         for point in points:
             style = styles[point.label]
-            ink = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0}
+            ink: dict[str, Any] = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0}
             fill = style.color if point.verdict != "not_judged" else "none"
-            reach = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
-            axes.errorbar(*point.place, **reach, **ink, lw=1.2)
-            mark = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
+            reach: dict[str, Any] = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
+            x, y = point.place
+            axes.errorbar(x, y, **reach, **ink, lw=1.2)
+            mark: dict[str, Any] = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
             (handles[point.label],) = axes.plot(*point.place, **mark, **ink)
             if point.verdict in BAD:
                 axes.plot(*point.place, ls="", marker="x", ms=15, mew=2, color=INK)
