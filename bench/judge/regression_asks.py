@@ -75,7 +75,8 @@ def sort_by_ask(
             asked = _bare(run.record.request, one_sided.get(run.record.request.backend, {}), models)
             question = asked.model_dump(mode="json", exclude=dict(NOT_ASKED))
             key = json.dumps(question, sort_keys=True)
-            entries.setdefault(key, (question, asked, [], []))[3 if is_new else 2].append(run)
+            _, _, of_base, of_new = entries.setdefault(key, (question, asked, [], []))
+            (of_new if is_new else of_base).append(run)
     # One run stands for each ask: naming 5,000 runs would compare every setting of every one.
     labels = labels_of(
         [(b or n)[0].record.model_copy(update={"request": asked}) for _, asked, b, n in entries.values()]

@@ -38,13 +38,17 @@ def _surrounding(environment: Environment) -> Mapping[str, str]:
     drivers = {device.driver for device in environment.devices if device.driver}
     return {
         "harness commit": short(environment.commit or "outside a checkout"),
-        "uncommitted changes in the harness": {True: "yes", False: "no"}.get(environment.dirty, "unknown"),
+        "uncommitted changes in the harness": _yes_or_no(environment.dirty),
         "platform": environment.platform,
         "Python": environment.python,
         "CUDA": environment.cuda or "none",
         **({"driver": ", ".join(sorted(drivers))} if drivers else {}),
         **{name: version or "not installed" for name, version in environment.versions.items()},
     }  # fmt: skip
+
+
+def _yes_or_no(value: bool | None) -> str:
+    return "unknown" if value is None else "yes" if value else "no"
 
 
 def _values(values: set[str] | None) -> str:

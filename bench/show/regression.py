@@ -160,7 +160,7 @@ def regression_table(regression: Regression, *, everything: bool = False) -> Ren
     if hidden:
         below.append(f"{hidden} figures without a telling change are not shown (--all shows them).")
     notes = [Text(f"Note: {note}", style="yellow") for note in regression.notes]
-    body = [table, Text("")] if findings else []
+    body: list[RenderableType] = [table, Text("")] if findings else []
     summary = Text(headline(regression), style="bold red" if regression.failed else "bold")
     return Group(*above, *body, *(Text(text) for text in (*below, LEGEND)), *notes, summary)
 
