@@ -15,8 +15,6 @@ FEW_RUNS = 5
 """Fewer runs a side give wide intervals: the range of 5 values holds their median with a probability of 94 %,
 that of 3 with 75 % (``bench.judge.intervals``)."""
 
-UNCOMMITTED: Mapping[bool | None, str] = {True: "yes", False: "no", None: "unknown"}
-
 
 def changes_between(base: Sequence[Run], new: Sequence[Run]) -> Iterator[Difference]:
     """Harness, libraries and system, as far as they differ; every value of a side that holds several."""
@@ -40,13 +38,17 @@ def _surrounding(environment: Environment) -> Mapping[str, str]:
     drivers = {device.driver for device in environment.devices if device.driver}
     return {
         "harness commit": short(environment.commit or "outside a checkout"),
-        "uncommitted changes in the harness": UNCOMMITTED[environment.dirty],
+        "uncommitted changes in the harness": _yes_or_no(environment.dirty),
         "platform": environment.platform,
         "Python": environment.python,
         "CUDA": environment.cuda or "none",
         **({"driver": ", ".join(sorted(drivers))} if drivers else {}),
         **{name: version or "not installed" for name, version in environment.versions.items()},
     }  # fmt: skip
+
+
+def _yes_or_no(value: bool | None) -> str:
+    return "unknown" if value is None else "yes" if value else "no"
 
 
 def _values(values: set[str] | None) -> str:
