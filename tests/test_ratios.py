@@ -13,9 +13,10 @@ from rich.console import Console
 
 from bench.judge.comparison import Comparison, compare
 from bench.record.schema import Record
+from bench.show.drawing import Plot, assign_styles
 from bench.show.figures_csv import COLUMNS, figures_csv
 from bench.show.page import page
-from bench.show.plots import plots
+from bench.show.ratio_plots import ratio_plots
 from bench.show.ratios import ratio_tables
 from bench.show.tables import markdown, terminal_table
 from tests.record_factory import eight_backends, planted, record, step
@@ -34,6 +35,15 @@ def repeated(repeats: int = 5, noise: float = 0.01) -> list[Record]:
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
     return compare(repeated())
+
+
+def its_plots(comparison: Comparison) -> list[Plot]:
+    """Of all figures of a page, the ones that are looked at here."""
+    return list(ratio_plots(comparison, assign_styles([row.label for row in comparison.rows])))
+
+
+def its_page(comparison: Comparison) -> str:
+    return page(comparison, its_plots(comparison))
 
 
 def drawn(comparison: Comparison, width: int) -> str:
@@ -56,10 +66,10 @@ def test_the_terminal_has_ratio_rank_and_interval_and_breaks_none(comparison: Co
 def test_one_run_each_shows_no_ratio_and_says_what_cannot_be_concluded() -> None:
     single = compare(eight_backends())
     assert ratio_tables(single) == ()
-    for text in (drawn(single, 120), markdown(single), page(single)):
+    for text in (drawn(single, 120), markdown(single), its_page(single)):
         assert "Ratios to" not in text
         assert "one run gives no interval" in " ".join(text.split())
-    assert not [plot for plot in plots(single) if plot.name.startswith("ratio")]
+    assert its_plots(single) == []
 
 
 def test_two_runs_each_say_how_little_they_tell() -> None:
@@ -71,7 +81,7 @@ def test_two_runs_each_say_how_little_they_tell() -> None:
 def test_markdown_and_page_have_every_backend_with_its_ratio_interval_and_rank(comparison: Comparison) -> None:
     (table,) = ratio_tables(comparison)
     place = table.fields.index("step_seconds_median")
-    texts = markdown(comparison), page(comparison)
+    texts = markdown(comparison), its_page(comparison)
     for line in table.lines:
         cell = line.cells[place]
         assert cell.rank
@@ -134,12 +144,12 @@ def test_what_is_not_finite_is_written_out() -> None:
 
 
 def test_the_plot_says_in_words_what_it_shows(comparison: Comparison) -> None:
-    found = {plot.name: plot for plot in plots(comparison)}
+    found = {plot.name: plot for plot in its_plots(comparison)}
     plot = found["ratio-step-time"]
     assert plot.title == "Step time against bf16"
     assert re.search(r"bnb-nf4 1\.4\d \(1\.\d\d to 1\.\d\d\)", plot.alternative)
     assert {"ratio-peak-memory", "ratio-load-time"} <= set(found)
-    assert plot.svg in page(comparison)
+    assert plot.svg in its_page(comparison)
 
 
 def test_an_interval_of_any_width_can_be_drawn() -> None:
@@ -147,7 +157,7 @@ def test_an_interval_of_any_width_can_be_drawn() -> None:
         return record(backend, repeat=repeat, steps=tuple(step(i, seconds=seconds) for i in range(8)))
 
     records = [held_up(b, k, s) for b, ks in (("bf16", (1, 1)), ("hqq", (1e-3, 1e3))) for k, s in enumerate(ks)]
-    (plot,) = [plot for plot in plots(compare(records)) if plot.name == "ratio-step-time"]
+    (plot,) = [plot for plot in its_plots(compare(records)) if plot.name == "ratio-step-time"]
     assert "hqq 1.00 (" in plot.alternative
     assert "nan" not in plot.svg
 
@@ -176,7 +186,7 @@ def test_nothing_that_a_record_holds_becomes_markup() -> None:
         records.append(one.model_copy(update={"request": other, "key": f"{evil}{repeat}b"}))
     made = compare(records)
     assert ratio_tables(made)
-    assert "<script>x" not in page(made)
+    assert "<script>x" not in its_page(made)
     text = markdown(made)
     assert "<script>" not in text
     assert "**y**" not in text

@@ -26,21 +26,23 @@ def folder(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_repeat_k_of_every_backend_is_the_same_work_and_no_other_repeat_is(folder: Path) -> None:
+def test_repeat_k_of_every_backend_is_the_same_work(folder: Path) -> None:
     facts: dict[int, set[Any]] = {}
     for record in Store(folder).records():
         assert record.workload is not None
         assert record.lora is not None
         assert record.load is not None
         seen = (
-            record.request.seed, record.workload.digest, record.lora.initial_digest, record.load.weights_digest
+            record.request.seed, record.lora.initial_digest, record.workload.digest, record.load.weights_digest,
         )  # fmt: skip
         facts.setdefault(record.request.repeat, set()).add(seen)
     assert set(facts) == set(range(REPEATS))
     assert all(len(found) == 1 for found in facts.values()), "backends of one repeat differ"
     (first,), (second,) = facts.values()
     assert (first[0], second[0]) == (7, 8)
-    assert all(one != other for one, other in zip(first, second, strict=True)), "two repeats share a draw"
+    assert first[1] != second[1], "two repeats share their initial LoRA values"
+    # The seed draws the adapters. Data and synthetic weights are the same in every run.
+    assert first[2:] == second[2:]
 
 
 def test_rounds_are_interleaved(folder: Path) -> None:
