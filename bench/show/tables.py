@@ -244,4 +244,4 @@ def cell_text(text: str) -> str:
     """A text of a record as a cell of a CSV: printable, and no formula."""
     text = printable(text)
     # Spreadsheets pass over leading white space.
-    return f"'{text}" if text.lstrip().startswith(FORMULA) or text.startswith(("\t", "\r")) else text
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text
