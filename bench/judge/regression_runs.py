@@ -58,7 +58,8 @@ def _run(record: Record) -> Run:
         reserved = last.peak_reserved_bytes
         memory = last.resident_bytes if reserved is None else reserved
     errors = [error.relative_error for error in record.fidelity.weight_errors] if record.fidelity else []
-    light = record.model_copy(update=HEAVY)
+    lora = record.lora.model_copy(update={"names": ()}) if record.lora else None
+    light = record.model_copy(update={**HEAVY, "lora": lora})
     return Run(
         row=replace(row, record=light, headroom=None),
         last_step_bytes=memory,
