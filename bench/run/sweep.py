@@ -19,7 +19,8 @@ from bench.load.registry import Entry
 from bench.record.preflight import Preflight
 from bench.record.schema import Record
 from bench.record.store import Store
-from bench.run.launch import Listener, run_one
+from bench.run.launch import run_one
+from bench.run.listening import Listener
 from bench.run.order import Order
 from bench.run.preflight import Examiner
 from bench.run.skipping import SkipRule
