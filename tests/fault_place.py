@@ -33,6 +33,12 @@ class Found:
     seconds: float = 0.0
     output: str = ""
 
+    @property
+    def main(self) -> dict[str, Any]:
+        """The record that the fault's row is about: of the one that fails as planted, where there are others."""
+        planted = [body for body in self.records if body["message"] == "planted"]
+        return (planted or list(self.records))[0]
+
     def of(self, backend: str) -> dict[str, Any]:
         return next(body for body in self.records if body["request"]["backend"] == backend)
 

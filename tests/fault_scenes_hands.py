@@ -78,7 +78,7 @@ def _killed(place: Place) -> Found:
 
 ROUND = ("early-fails", "early-exits", "early-not-text")
 REPEATS = 3
-LONGEST_SECONDS = 3.0
+LONGEST_SECONDS = 2.0
 """Of a command's life: by then it has written several records."""
 
 
