@@ -10,7 +10,7 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,11 @@ def _written(stream: io.TextIOWrapper) -> str:
 def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
     """The front door, in a folder of its own, without a network and without workers."""
 
-    def opened(store: Store) -> None:
-        prove(store)
-        raise AboutToRunError
+    @contextmanager
+    def opened(store: Store) -> Iterator[None]:
+        with prove(store):
+            raise AboutToRunError
+        yield
 
     def unreachable(*_: Any, **__: Any) -> None:
         raise OSError("no network in this test")

@@ -23,6 +23,7 @@ from tests.record_factory import (
 )
 
 NAMES = [
+    "pareto",
     "memory-per-card",
     "memory-by-phase",
     "bytes-by-kind",

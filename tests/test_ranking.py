@@ -158,7 +158,7 @@ def test_the_baseline_is_the_unquantized_backend_wherever_it_stands() -> None:
 
 
 def test_another_baseline_may_be_named() -> None:
-    group = compare(noisy(3), "hqq").groups[0]
+    group = compare(noisy(3), baseline="hqq").groups[0]
     assert group.baseline == "hqq"
     first = group.best["step_seconds_median"]
     assert first == compare(noisy(3)).groups[0].best["step_seconds_median"]
@@ -171,12 +171,12 @@ def test_a_baseline_that_is_not_there_is_refused_with_the_nearest() -> None:
         ("hqq", "baseline 'hqq' has no completed run; completed: bf16, bnb-nf4"),
     ):
         with pytest.raises(UserError) as refused:
-            compare(records, wanted)
+            compare(records, baseline=wanted)
         assert str(refused.value) == words
 
 
 def test_counted_bits_are_ranked_without_a_margin_and_memory_with_one() -> None:
-    group = compare(noisy(3)).groups[0]
+    group = compare(noisy(3), allow={"dtype"}).groups[0]
     bits = {label: one.rank for label, one in group.rankings["storage_bits_per_weight"].standings.items()}
     assert (bits["bnb-nf4-dq"], bits["gptq"], bits["awq"]) == (1, 2, 2)
     memory = group.rankings["peak_memory_bytes"].standings

@@ -34,7 +34,7 @@ def repeated(repeats: int = 5, noise: float = 0.01) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    return compare(repeated())
+    return compare(repeated(), allow={"dtype"})
 
 
 def its_plots(comparison: Comparison) -> list[Plot]:
@@ -169,9 +169,9 @@ def test_each_group_has_its_own_table_and_baseline() -> None:
         if one.lora and one.request.backend in ("gptq", "awq")
     ]
     wide = [one for one in repeated(3) if one.request.backend in ("bf16", "hqq", "eetq")]
-    found = ratio_tables(compare([*wide, *narrow]))
+    found = ratio_tables(compare([*wide, *narrow], {"dtype"}))
     assert [table.title for table in found] == ["Ratios to bf16 (group 1)", "Ratios to gptq (group 2)"]
-    assert [table.title for table in ratio_tables(compare([*wide, *narrow], "awq"))] == [
+    assert [table.title for table in ratio_tables(compare([*wide, *narrow], {"dtype"}, "awq"))] == [
         "Ratios to bf16 (group 1)", "Ratios to awq (group 2)"]  # fmt: skip
 
 

@@ -105,23 +105,19 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def _tell(regression: Regression, markdown: Path | None, *, as_json: bool, everything: bool) -> None:
-    from rich.console import Console
-
     from bench.record.store import write_atomically
     from bench.show.regression import regression_table, regression_values
     from bench.show.regression_markdown import regression_markdown
+    from bench.show.terminal import Terminal, say
 
     if markdown is not None and markdown != STANDARD_OUTPUT:
-        try:
-            write_atomically(markdown, regression_markdown(regression))
-        except OSError as error:
-            raise UserError(f"cannot write '{markdown}': {error.strerror}") from None
+        write_atomically(markdown, regression_markdown(regression))
     if as_json:
         click.echo(json.dumps(regression_values(regression), indent=1, allow_nan=False))
     elif markdown == STANDARD_OUTPUT:
-        click.echo(regression_markdown(regression), nl=False)
+        say(regression_markdown(regression), newline=False)
     else:
-        Console().print(regression_table(regression, everything=everything))
+        Terminal().print(regression_table(regression, everything=everything))
 
 
 def _print_thresholds(context: click.Context) -> None:
