@@ -222,7 +222,9 @@ class Late(Backend):
         if kind == "backward-memory":
             built.register_full_backward_hook(exhaust)
         if kind == "optimizer-memory":
-            torch.optim.optimizer.register_optimizer_step_pre_hook(exhaust)
+            from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+            register_optimizer_step_pre_hook(exhaust)
         return built
 
     def expected_bits(self, shape: Any) -> float:

@@ -170,7 +170,7 @@ MATRIX: tuple[Fault, ...] = (
     _worker("library: kills", "gptq", "its import reads address 0", "crashed", "prepare", "SIGSEGV", family=LIBRARY,
             worker_exit=-11),
     Fault("library: wrong version", LIBRARY, "bitsandbytes 0.1, which has no layers: its version is in the record",
-          ("AttributeError", "bitsandbytes"), "error", "load"),
+          ("No module named 'bitsandbytes.functional'",), "unavailable", "load"),
     _refused("library: broken entry point", LIBRARY, "a third party's backends call sys.exit when imported",
              "entry point 'broken'", "does not import", quick=True),
     # ---- hub
