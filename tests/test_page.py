@@ -429,7 +429,10 @@ def test_sorting_by_number_puts_what_is_missing_last_both_ways(browser, written)
     head = tab.locator("#comparison-table thead th").nth(norms)
     for _ in range(2):
         head.locator("button").click()
-        assert column_of(tab, norms)[-1] == "NaN / NaN"
+        # Within the section of the run that broke; the largest group is another one.
+        own = tab.locator("#comparison-table tbody", has_text="NaN / NaN").first
+        cells = own.locator(f"tr:not(.section) > :nth-child({norms + 1})")
+        assert cells.last.locator(".cell").inner_text() == "NaN / NaN"
     assert faults == []
     tab.close()
 

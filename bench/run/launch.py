@@ -98,8 +98,7 @@ def _witnessed(order: Order, told: Told, listener: Listener) -> Ending:
         return _train(order, told, witness.beside(listener))
     finally:
         witness.close()
-        if witness.found is not None:
-            told.sections["surroundings"] = witness.found
+        told.surroundings = witness.found
 
 
 def _train(order: Order, told: Told, listener: Listener) -> Ending:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from bench.record.depths import DepthTimes, times_key
 from bench.record.schema import Record, Stage, Status
+from bench.record.surroundings import Surroundings
 from bench.run.order import Order
 
 SECTIONS = frozenset({
@@ -34,6 +35,8 @@ class Told:
     status: str | None = None
     message: str | None = None
     sections: dict[str, Any] = field(default_factory=dict)
+    surroundings: Surroundings | None = None
+    """What the parent itself saw of the machine."""
     steps: list[Any] = field(default_factory=list)
     depth_steps: list[Mapping[str, Any]] = field(default_factory=list)
     """Events of ``bench.run.depths``: depth, round and step."""
@@ -110,6 +113,7 @@ def record_of(
         "exit_code": ending.exit_code,
         "started_at": started_at,
         "wall_seconds": wall_seconds,
+        "surroundings": told.surroundings,
     }
     parts |= {"memory": told.memory, "steps": told.steps}
     while True:
