@@ -26,6 +26,8 @@ from tests.peers.outcome import Outcome, StepSeen
 from tests.peers.work import OBSERVED_FILE, OWN_FILE, STAGE_FILE
 
 LAST_LINES = 200
+PATH_TO_PACKAGES = re.compile(r"/\S*site-packages/")
+"""Of this machine, and nobody else's concern."""
 ERROR_LINE = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*")
 
 
@@ -93,13 +95,15 @@ def _missing(folder: Path) -> list[str]:
 
 def _failure(log: Path, code: int, missing: list[str]) -> tuple[str, str]:
     """Status and message of a process that did not complete: its last error line, else how it ended."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-    errors = [line.strip() for line in lines if ERROR_LINE.match(line)]
-    if errors and code > 0:
-        return "error", errors[-1][:1000]
     if code == 0:
         return "error", f"it ended well and left no {' and no '.join(missing)}"
-    return "crashed", f"the process {ended_in_words(code)}"
+    if code < 0:
+        return "crashed", f"the process {ended_in_words(code)}"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if ERROR_LINE.match(line)] or lines
+    message = errors[-1] if errors else f"the process {ended_in_words(code)}"
+    return "error", PATH_TO_PACKAGES.sub("", message)[:1000]
 
 
 def _outcome(
@@ -122,6 +126,7 @@ def _outcome(
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A file that a peer's process left, empty where there is none. They are written whole or not at all."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bench.ask.plan import RunRequest
 from bench.errors import BadValue, UserError
@@ -139,3 +140,16 @@ def _in_a_process(work: str, request: RunRequest, model: Path | None, folder: Pa
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"peers: the {work} could not be made: {last}")
 
+
+def older_form(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as transformers 4 wrote it, which 4 and 5 both read: 4 passes over 5's
+    ``rope_parameters`` and takes its own default base. Raises ValueError where 4 has no name for it."""
+    config = {name: value for name, value in architecture.items() if name != "transformers_version"}
+    rope = config.pop("rope_parameters", None)
+    if rope is not None:
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope type '{rope['rope_type']}' is not among those that were tried here")
+        config["rope_theta"] = rope["rope_theta"]
+    if "dtype" in config:
+        config["torch_dtype"] = config.pop("dtype")
+    return config

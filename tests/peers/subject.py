@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +22,7 @@ from bench.load.lora import initial_values
 from bench.load.model import linear_shapes, skeleton
 from bench.load.weights import CheckpointWeights, SyntheticWeights, Weights
 from bench.run.workload import WorkloadReader, encoder_for
+from tests.peers.preparing import older_form
 from tests.peers.work import ADAPTERS_FILE, BATCHES_FILE
 
 OF_A_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
@@ -46,20 +45,6 @@ def write_checkpoint(request: RunRequest, source: Path | None, folder: Path) -> 
     for pattern in OF_A_TOKENIZER:
         for file in source.glob(pattern) if source else ():
             shutil.copy(file, folder)
-
-
-def older_form(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as transformers 4 wrote it, which 4 and 5 both read: 4 passes over 5's
-    ``rope_parameters`` and takes its own default base. Raises ValueError where 4 has no name for it."""
-    config = {name: value for name, value in architecture.items() if name != "transformers_version"}
-    rope = config.pop("rope_parameters", None)
-    if rope is not None:
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope type '{rope['rope_type']}' is not among those that were tried here")
-        config["rope_theta"] = rope["rope_theta"]
-    if "dtype" in config:
-        config["torch_dtype"] = config.pop("dtype")
-    return config
 
 
 def write_tensors(request: RunRequest, model_folder: Path, folder: Path) -> None:
