@@ -30,9 +30,9 @@ def step(place: int, seconds: float = 1.0, **changes: object) -> StepSeen:
     return StepSeen.model_validate({**values, **changes})
 
 
-def outcome(arm: str = OURS, steps: int = 10, number: int = 0, **changes: object) -> Outcome:
+def outcome(arm: str = OURS, count: int = 10, number: int = 0, **changes: object) -> Outcome:
     values = {"case": "bf16", "arm": arm, "round": number, "status": "completed", "stage": None, "message": None,
-              "wall_seconds": 20.0, "steps": tuple(step(place) for place in range(steps)), "data_digest": "d",
+              "wall_seconds": 20.0, "steps": tuple(step(place) for place in range(count)), "data_digest": "d",
               "adapters_digest": "a", "quantized_layers": 0, "step_peak_bytes": 2**30,
               "process_peak_bytes": 2**31}  # fmt: skip
     return Outcome.model_validate({**values, **changes})
@@ -59,7 +59,7 @@ def test_speed_is_from_step_end_to_step_end_of_the_measured_steps() -> None:
 
 
 def test_a_step_end_that_was_not_seen_gives_no_speed() -> None:
-    seen = outcome(steps=3)
+    seen = outcome(count=3)
     blind = seen.model_copy(update={"steps": (*seen.steps[:2], seen.steps[2].model_copy(update={"ended": None}))})
     assert tokens_per_second(blind, WARMUP) is None
     assert tokens_per_second(seen, 3) is None
@@ -69,7 +69,7 @@ def test_optimum_benchmark_multiplies_its_throughput_by_the_number_of_steps() ->
     # The notes' example: 100 measured steps of a second, two rows each, are 2 rows a second and not 200.
     steps = [1.0] * 140
     own = {"report": report(steps, 40, 2), "launcher": "process", "launch_cpu_seconds": 150.0, "launch_wall_seconds": 151.0}
-    seen = outcome(OPTIMUM, own=own, steps=140)
+    seen = outcome(OPTIMUM, own=own, count=140)
     seen = seen.model_copy(
         update={"steps": tuple(s.model_copy(update={"ended": float(i)}) for i, s in enumerate(seen.steps))}
     )
