@@ -104,7 +104,7 @@ def test_a_mean_loss_from_which_nan_was_filtered_stands_beside_nan() -> None:
     *_, loss = claims(outcome(TRAINER, steps=steps, own=own), WARMUP, 1)
     assert loss.says == 1.5
     assert math.isnan(loss.measured)
-    assert "2 of 4 steps were not finite, from step 2 on" in loss.why
+    assert "2 of 4 steps were not finite, first in step 2" in loss.why
 
 
 def test_a_loss_divided_by_labels_that_are_not_predicted_is_said() -> None:
@@ -137,7 +137,7 @@ def test_other_work_is_told_from_the_same(changes: dict[str, object], problem: s
 def test_a_loss_that_is_nan_on_both_sides_is_the_same() -> None:
     bad = tuple(step(i, loss=math.nan) for i in range(10))
     found = compare(outcome(TRAINER, steps=bad), outcome(steps=bad))
-    assert (found.problems, found.loss_difference) == ([], 0.0)
+    assert (found.problems, found.loss_difference, found.equal_losses) == ([], 0.0, 10)
 
 
 def test_another_divisor_is_reckoned_with() -> None:
@@ -146,6 +146,7 @@ def test_another_divisor_is_reckoned_with() -> None:
     assert found.loss_difference == pytest.approx(0.0, abs=1e-12)
     assert found.norm_difference == pytest.approx(0.0, abs=1e-12)
     assert found.equal_losses == 10
+    assert "in step 0 by 31 where 30 are predicted" in markdown(session([outcome(), outcome(OPTIMUM, steps=steps)]))
 
 
 def test_arms_rotate_and_what_needs_no_repeat_is_not_repeated() -> None:

@@ -141,9 +141,9 @@ def _mean_loss(outcome: Outcome) -> Claim:
     whole = "the mean over all steps, those of the warm-up included"
     if bad:
         why = (
-            f"the losses of {len(bad)} of {len(steps)} steps were not finite, from step {bad[0]} on; "
+            f"the losses of {len(bad)} of {len(steps)} steps were not finite, first in step {bad[0]}; "
             f"logging_nan_inf_filter puts the average since the last log entry in their place, which is "
-            f"{_shown(steps[bad[0]].logged_loss)} here: {whole}"
+            f"{_shown(steps[bad[0]].logged_loss)} there: {whole}"
         )
     elif _shifted(steps):
         counted = next(step for step in steps if _differs(step))

@@ -204,8 +204,8 @@ def four_bit() -> dict[str, Any]:
 
 
 def count_quantized(model: nn.Module) -> int:
-    """Layers that hold bitsandbytes' 4-bit codes."""
-    return sum(type(getattr(m, "weight", None)).__name__ == "Params4bit" for m in model.modules())
+    """Layers that hold bitsandbytes' 4-bit codes: as their own, since an adapter shows its layer's as well."""
+    return sum(type(m._parameters.get("weight")).__name__ == "Params4bit" for m in model.modules())
 
 
 def installed() -> dict[str, str | None]:

@@ -16,6 +16,9 @@ TOLERANCE = 2**-8
 """One rounding of bfloat16 (8 bits of significand), in which both compute: relative, for losses. A loss is a mean
 over tokens of float32 cross-entropies of bfloat16 logits, so what one order of rounding does to it is below that."""
 
+HALF_A_LAST_PLACE = 2**-24
+"""Of a float32, relative: what undoing a peer's divisor in float64 can cost."""
+
 
 @dataclass(frozen=True)
 class Sameness:
@@ -58,18 +61,13 @@ def compare(outcome: Outcome, ours: Outcome) -> Sameness:
         same_quantization=_same(outcome.quantized_layers, ours.quantized_layers),
         loss_difference=_largest([_difference(a.loss_per_token, b.loss_per_token) for a, b in steps]),
         norm_difference=_largest([_norms(a, b) for a, b in steps]),
-        equal_losses=sum(abs(a.loss_per_token - b.loss_per_token) <= _ulp(b.loss_per_token) for a, b in steps),
+        equal_losses=sum(_difference(a.loss_per_token, b.loss_per_token) <= HALF_A_LAST_PLACE for a, b in steps),
         steps=len(steps),
     )
 
 
 def _same(one: str | int | None, other: str | int | None) -> bool | None:
     return None if one is None or other is None else one == other
-
-
-def _ulp(value: float) -> float:
-    """Half of a float32's last place."""
-    return abs(value) * 2**-24 if math.isfinite(value) else 0.0
 
 
 def _norms(one: StepSeen, other: StepSeen) -> float | None:

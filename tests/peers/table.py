@@ -159,7 +159,7 @@ def _same_work(session: Session, case: CaseFacts, arms: Sequence[str]) -> str:
                 _small(_worst([one.loss_difference for one in found])),
                 f"{worst.equal_losses} of {worst.steps}",
                 _small(_worst([one.norm_difference for one in found])),
-                "; ".join(problems) or "the same",
+                "; ".join(problems) or f"the same{_divisor(pairs[0][0])}",
             ]
         )
     if not rows:
@@ -170,6 +170,15 @@ def _same_work(session: Session, case: CaseFacts, arms: Sequence[str]) -> str:
         f"Is it the same work? Losses are compared per predicted token, step by step; up to {TOLERANCE:.2g} "
         f"(2^-8, one rounding of bfloat16) of the loss counts as rounding.\n\n{_table(rows, headers)}"
     )
+
+
+def _divisor(outcome: Outcome) -> str:
+    """Where a peer divides a step's losses by something else than the tokens that are predicted."""
+    for place, step in enumerate(outcome.steps):
+        if step.divisor is not None and step.divisor != step.loss_tokens:
+            counted = f"in step {place} by {step.divisor:.0f} where {step.loss_tokens} are predicted"
+            return f"; its sum of losses is divided by the labels before they are shifted, {counted}"
+    return ""
 
 
 def _yes(same: bool | None) -> str:
