@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from tests.peers.work import OBSERVED_FILE, OWN_FILE, enter, write_json
+from tests.peers.work import OBSERVED_FILE, OWN_FILE, end_with_parent, enter, write_json
 
 
 def main(folder: Path, how: str) -> None:
     """Do as it was told."""
+    end_with_parent()
     enter(folder, "load")
     match how:
         case "raise":

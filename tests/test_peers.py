@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from bench.errors import UserError
+from tests.command import ROOT
 from tests.peers.arithmetic import claims, tokens_per_second, within_steps
 from tests.peers.arms import Place, outcome_of, run_peer
 from tests.peers.cases import BY_METHOD, CASES, INLINE, OPTIMUM, OPTIMUM_TODAY, OURS, TRAINER, Arm, choose
@@ -203,6 +206,13 @@ def test_a_run_that_does_not_is_a_row_with_its_stage_and_reason(
 def test_a_run_that_hangs_is_ended(tmp_path: Path) -> None:
     seen = stand_in(tmp_path, "hang", timeout_seconds=1.0)
     assert (seen.status, seen.stage, seen.message) == ("timeout", "load", "no result within 1 s")
+
+
+def test_no_peer_outlives_a_session_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.stand_in_peer", "-", str(tmp_path), "hang"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, start_new_session=True)
+    process.stdin.close()
+    assert process.wait(30) == -signal.SIGKILL
 
 
 def test_an_environment_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.run.isolation import apply_settings
-from tests.peers.work import OWN_FILE, Work, enter, write_json
+from tests.peers.work import OWN_FILE, Work, end_with_parent, enter, write_json
 
 
 def main() -> None:
@@ -135,5 +135,6 @@ def _numbers(value: Any) -> Any:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     apply_settings()
     main()

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from bench.run.isolation import apply_settings
-from tests.peers.work import OWN_FILE, Work, enter, write_json
+from tests.peers.work import OWN_FILE, Work, end_with_parent, enter, write_json
 
 
 def main(work: Work, folder: Path) -> None:
@@ -47,5 +47,6 @@ def main(work: Work, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     apply_settings()
     main(Work.load(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,18 @@ class Work:
 def enter(folder: Path, stage: str) -> None:
     """Say which stage begins: what is left in the file when a process ends is where it ended."""
     (folder / STAGE_FILE).write_text(stage, encoding="utf-8")
+
+
+def end_with_parent() -> None:
+    """End this process and all that it started when its parent's end of stdin closes: no peer outlives a session
+    that was killed. To be called by the leader of a process group only."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    if os.getpgrp() == os.getpid():
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def write_json(path: Path, body: Any) -> None:
