@@ -7,14 +7,15 @@ PRESET ?= auto
 BACKEND ?= all
 FLAGS ?=
 OUT ?=
+PEERS := .venv-peers
 READY := $(VENV)/.ready
 # hqq would compile a CUDA extension that training does not use.
 INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability soak docs lint check overhead probes truth proxy gpu-72b wheel lock \
-  clean
+.PHONY: help bench report smollm2 test stability soak docs lint check overhead probes truth peers proxy gpu-72b wheel \
+  lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -81,6 +82,17 @@ truth: $(READY) ## Known answers: planted delays, memory, leaks and lies, each m
 probes: $(READY) ## Time what each probe costs, within one process (FLAGS="--preset ... --rounds ... --all")
 	$(BIN)/python -m bench.run.probe_cost $(FLAGS)
 
+# The peers have environments of their own. Where the older one cannot be made, its runs say so in the page.
+$(PEERS)/%/.ready: tests/peers/%.txt requirements.lock
+	@echo "setting up $(@D) (once; about 6 GB, most of it torch)"
+	$(PYTHON) -m venv $(@D)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+peers: smollm2 $(PEERS)/today/.ready ## This project beside transformers.Trainer and optimum-benchmark (45 min)
+	-$(MAKE) --no-print-directory $(PEERS)/older/.ready
+	$(BIN)/python -m tests.peers $(FLAGS)
+
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
 	$(BIN)/qlora-bench run --preset proxy --backend all --steps 5 --force --out results/local/ci
 
@@ -102,4 +114,4 @@ lock: $(READY) ## Write requirements.lock from what is installed now
 	mv requirements.lock.new requirements.lock
 
 clean: ## Remove the environment and build products
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info
