@@ -50,7 +50,8 @@ class Store:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-") as probe:
+            # Without a name where the system can (O_TMPFILE): a killed command leaves nothing of it.
+            with tempfile.TemporaryFile(dir=self.folder) as probe:
                 probe.write(bytes(PROBE_BYTES))
                 probe.flush()
                 os.fsync(probe.fileno())
