@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file", "name the folder that a sweep writes to")
+    # Started by a script in the background, it would ignore the signal that ends it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     click.echo(f"watching {folder}; Ctrl-C ends it")
     seen: Mapping[Path, int] | None = None
     try:
