@@ -309,12 +309,14 @@ def test_the_documented_workflow_fails_on_a_regression_and_leaves_the_comment(tm
     assert (tmp_path / "order").read_text().split() == ["base", "new", "new", "base", "base", "new"]
 
 
+@pytest.mark.soak
 def test_the_documented_workflow_goes_on_after_a_failed_run_and_passes(tmp_path):
     code, output = run_documented(tmp_path, slow=1.0, code=1)
     assert code == 0, output
     assert (tmp_path / "comparison.md").read_text().startswith("**Not worse**: no regressions")
 
 
+@pytest.mark.soak
 def test_the_documented_workflow_stops_at_a_bad_request(tmp_path):
     code, output = run_documented(tmp_path, slow=1.0, code=2)
     assert code != 0, output

@@ -14,6 +14,9 @@ from tests.command import Command
 BACKENDS = ("bf16", "eetq")
 REPEATS = 2
 
+pytestmark = pytest.mark.soak
+"""Four real runs and a report: half a minute."""
+
 
 @pytest.fixture(scope="module")
 def folder(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
