@@ -110,6 +110,12 @@ def front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
     prove = Store.open_for_writing
     monkeypatch.setattr(Store, "open_for_writing", opened)
     monkeypatch.setattr("bench.run.sweep.run_sweep", start)
+    # Where every worker starts, whatever command wants it.
+    monkeypatch.setattr("bench.run.launch._work", start)
+    monkeypatch.setattr("bench.run.torchrun.work_together", start)
+    # The package's attribute of that name is the command.
+    monkeypatch.setattr(sys.modules["bench.cli.watch"], "_pause", start)
+    monkeypatch.setattr("click.launch", start)
     monkeypatch.setattr("socket.create_connection", unreachable)
     monkeypatch.setenv("QLORA_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")

@@ -143,6 +143,14 @@ def test_a_real_round_trains_the_same_by_hand_and_in_the_harness(command: Comman
     assert "verdict" in done.stdout
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_half_an_hour_of_measuring(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    refused = command.refused("overhead", "--preset", "tiny", "--json", tmp_path / "file" / "below.json")
+    assert "cannot write the figures" in refused
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -48,13 +48,15 @@ def overhead(
     """
     from bench.judge.overhead import judge_overhead
     from bench.record.overhead import WAYS, OverheadTimes
-    from bench.record.store import write_atomically
+    from bench.record.store import prove_writable, write_atomically
     from bench.run.arrange import Asked
     from bench.run.overhead import ProcessFailed, arrange_overhead, processes
     from bench.show.overhead import overhead_lines, overhead_values
 
     asked = Asked(preset=preset, backends=(backend,), layers=layers, steps=steps, settings=settings)
     order, headline = arrange_overhead(asked)
+    if file is not None:
+        prove_writable(file.parent, "the figures", "choose another file with --json")
     click.echo(f"{headline}; {rounds} rounds of three processes")
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     done: list[ProcessTimes] = []

@@ -45,10 +45,14 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
                 page = _written(folder, allow, refresh_seconds=every_seconds)
                 if page and first and open_page:
                     click.launch(page.resolve().as_uri())
-            time.sleep(every_seconds)
+            _pause(every_seconds)
     except KeyboardInterrupt:
         page = _written(folder, allow, refresh_seconds=None) if seen else None
         click.echo(f"report: {page}" if page else "no records yet")
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _stamps(folder: Path) -> dict[Path, int]:

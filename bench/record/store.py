@@ -48,18 +48,7 @@ class Store:
 
         Raises UserError with the system's reason, or where another command has the folder.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # Without a name where the system can (O_TMPFILE): a killed command leaves nothing of it.
-            with tempfile.TemporaryFile(dir=self.folder) as probe:
-                probe.write(bytes(PROBE_BYTES))
-                probe.flush()
-                os.fsync(probe.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write records to '{self.folder}': {error.strerror or error}",
-                "choose another folder with --out",
-            ) from None
+        prove_writable(self.folder, "records", "choose another folder with --out")
         with _held(self.folder):
             for left in self.folder.glob(f".*{SUFFIX}.*{PART_SUFFIX}"):
                 left.unlink(missing_ok=True)
@@ -189,6 +178,22 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "file"
     return f"{where}: {first['msg']}"
+
+
+def prove_writable(folder: Path, what: str, hint: str) -> None:
+    """Create ``folder`` and write to it, before anything is measured.
+
+    Raises UserError with the system's reason: that ``what`` cannot be written there, and ``hint``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without a name where the system can (O_TMPFILE): a killed command leaves nothing of it.
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {what} to '{folder}': {error.strerror or error}", hint) from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
