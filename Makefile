@@ -71,12 +71,12 @@ lint: $(READY) ## ruff and mypy --strict
 
 check: lint test ## What CI runs before the proxy benchmark
 
-overhead: smollm2 ## The harness's loop beside one by hand, in 18 fresh processes a preset (half an hour on 2 cores)
+overhead: smollm2 ## The harness's loop beside one by hand, in 18 fresh processes a preset (long)
 	for preset in proxy smollm2-135m; do \
 	  $(BIN)/qlora-bench overhead --preset $$preset --json results/local/overhead-$$preset.json $(FLAGS) || exit $$?; \
 	done
 
-truth: $(READY) ## Known answers: planted delays, memory, leaks and lies, each measured or refused (half an hour)
+truth: $(READY) ## Known answers: planted delays, memory, leaks and lies, each measured or refused (long)
 	$(BIN)/python -m tests.truth --json results/local/truth.json $(FLAGS)
 
 probes: $(READY) ## Time what each probe costs, within one process (FLAGS="--preset ... --rounds ... --all")
@@ -89,7 +89,7 @@ $(PEERS)/%/.ready: tests/peers/%.txt requirements.lock
 	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
-peers: smollm2 $(PEERS)/today/.ready ## This project beside transformers.Trainer and optimum-benchmark (45 min)
+peers: smollm2 $(PEERS)/today/.ready ## This project beside transformers.Trainer and optimum-benchmark (long)
 	-$(MAKE) --no-print-directory $(PEERS)/older/.ready
 	$(BIN)/python -m tests.peers $(FLAGS)
 

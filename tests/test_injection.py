@@ -22,8 +22,9 @@ from bench.judge.comparison import Comparison, compare
 from bench.record.depths import DepthTimes
 from bench.record.forecast import Forecast, save_forecast
 from bench.record.schema import Record
-from bench.record.store import Store, write_atomically
+from bench.record.store import Store
 from bench.record.triage import Triage, save_triage
+from bench.record.writing import write_atomically
 from bench.show.drawing import Plot
 from bench.show.forecast import forecast_table
 from bench.show.ladder import ladder_text

@@ -10,7 +10,8 @@ import pytest
 
 from bench.judge.comparison import compare
 from bench.judge.session_doubts import BUSY_SHARE
-from bench.record.schema import Memory, Record
+from bench.record.memory import Memory
+from bench.record.schema import Record
 from bench.record.surroundings import CardDuringSteps, Surroundings
 from tests.record_factory import FIGURES, record, step, steps
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bench.errors import BrokenFile, CannotWrite, UserError
 from bench.record.schema import Record, Step
-from bench.record.store import Store, read_record, write_atomically
+from bench.record.store import Store, read_record
+from bench.record.writing import write_atomically
 from tests.record_factory import eight_backends, failed, record, step
 
 NUMBERS = st.floats()

@@ -14,7 +14,7 @@ import pytest
 from bench.ask.experiment import Workload
 from bench.probe import surroundings
 from bench.probe.surroundings import SHORTEST_SECONDS, Look, Witness
-from bench.record.schema import Memory
+from bench.record.memory import Memory
 from bench.run.ranks import Ranks
 from bench.run.told import Told
 from tests.fake_nvml import FakeCard, FakeNvml

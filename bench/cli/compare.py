@@ -105,7 +105,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def _tell(regression: Regression, markdown: Path | None, *, as_json: bool, everything: bool) -> None:
-    from bench.record.store import write_atomically
+    from bench.record.writing import write_atomically
     from bench.show.regression import regression_table, regression_values
     from bench.show.regression_markdown import regression_markdown
     from bench.show.terminal import Terminal, say

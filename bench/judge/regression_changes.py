@@ -8,7 +8,7 @@ from bench.judge.conditions import short
 from bench.judge.regression_asks import Difference
 from bench.judge.regression_pairs import Match
 from bench.judge.regression_runs import SILENT, Run
-from bench.record.schema import Environment
+from bench.record.environment import Environment
 
 NOT_IN_PLAY = "not in play"
 FEW_RUNS = 5

@@ -11,7 +11,7 @@ from bench.judge.regression_limits import Limits
 from bench.judge.regression_pairs import Match
 from bench.judge.regression_runs import Run
 from bench.judge.rows import median
-from bench.record.schema import BytesByKind
+from bench.record.memory import BytesByKind
 
 KINDS = tuple(name for name in BytesByKind.model_fields if name not in ("device", "rank"))
 OFF = "not judged: its limit is off"

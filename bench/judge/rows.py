@@ -16,7 +16,8 @@ from bench.judge.headroom import Headroom, find_headroom
 from bench.judge.labels import labels_of
 from bench.judge.scaler import is_finite_step
 from bench.judge.stability import Verdict, judge_stability, measured_steps
-from bench.record.schema import BytesByKind, MemoryReading, Record, Step
+from bench.record.memory import BytesByKind, MemoryReading
+from bench.record.schema import Record, Step
 
 TRAINING_PHASES = ("forward", "backward", "optimizer_step")
 

@@ -10,8 +10,8 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from bench.ask.plan import RunRequest
+from bench.record.environment import Environment
 from bench.record.recorded import Recorded, Seconds
-from bench.record.schema import Environment
 
 OVERHEAD_VERSION: Final = 1
 

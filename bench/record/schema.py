@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from bench.ask.plan import RunRequest
+from bench.record.environment import Environment
+from bench.record.memory import Memory
 from bench.record.placement import PlacementFacts
 from bench.record.preflight import Preflight
 from bench.record.recorded import Bytes, Recorded, Seconds
@@ -31,56 +33,6 @@ Status = Literal[
 ]
 """``skipped``: not run, because a run that needs no more had run out of memory (``bench.run.skipping``)."""
 Stage = Literal["launch", "prepare", "load", "attach", "train", "save"]
-Phase = Literal["loaded", "attached", "forward", "backward", "optimizer_step"]
-
-
-class Device(Recorded):
-    """One device of the run. On a CPU run: the processor and the machine's memory."""
-
-    device: str
-    """As torch names it: cuda:0, cpu."""
-    name: str
-    total_memory_bytes: Bytes | None
-    """Null where the driver tells none."""
-    compute_capability: str | None = None
-    """CUDA: such as 8.9."""
-    driver: str | None = None
-    power_limit_watts: float | None = None
-
-
-class Environment(Recorded):
-    """Where the run happened."""
-
-    platform: str
-    """Operating system, kernel and C library."""
-    python: str
-    cpu: str
-    """Name of the processor."""
-    cpu_cores: int
-    """Cores that the process may use."""
-    cpu_threads: int
-    """Threads torch used, in each process."""
-    total_memory_bytes: Bytes
-    """Of the machine."""
-    cuda: str | None
-    """Version that torch was built for; null: no card was used."""
-    devices: tuple[Device, ...]
-    """In order."""
-    versions: Mapping[str, str | None]
-    """Every library in play; null: not installed."""
-    quantization_libraries_imported: tuple[str, ...]
-    """Quantization libraries in the worker's memory when the training began."""
-    allocator_settings: str | None
-    """PYTORCH_ALLOC_CONF as torch saw it."""
-    changed_variables: Mapping[str, str | None]
-    """Environment variables that a library changed while it was imported, with the value it wanted
-    (null: removed).    The harness puts the allocator's settings back."""
-    commit: str | None
-    """Commit of the harness, null outside a checkout."""
-    dirty: bool | None
-    """Whether the checkout had changes that were not committed; null outside a checkout."""
-
-
 class Quantization(Recorded):
     """What the backend really did, seen on the loaded model."""
 
@@ -175,68 +127,6 @@ class WorkloadFacts(Recorded):
     """Of the model, by the name under which it is asked for."""
     autocast_dtype: str | None
     """Null: the training ran without autocast."""
-
-
-class MemoryReading(Recorded):
-    """Memory of one device at the end of one phase. CUDA has allocator figures, CPU has resident ones."""
-
-    phase: Phase
-    """At whose end it was read."""
-    device: str
-    rank: int | None = None
-    """Of the process, where a run has several."""
-    allocated_bytes: Bytes | None = None
-    """CUDA: tensors in torch's allocator."""
-    peak_allocated_bytes: Bytes | None = None
-    """Highest within the phase."""
-    reserved_bytes: Bytes | None = None
-    """CUDA: what the allocator holds of the device."""
-    peak_reserved_bytes: Bytes | None = None
-    """Highest within the phase."""
-    nvml_used_bytes: Bytes | None = None
-    """CUDA: used on the device by all processes, as the driver says."""
-    resident_bytes: Bytes | None = None
-    """Of the process, in the machine's memory."""
-    peak_resident_bytes: Bytes | None = None
-    """Peak within the phase where the system can reset it, else up to here."""
-
-
-class BytesByKind(Recorded):
-    """Exact tensor bytes of one device, counted on the tensors themselves."""
-
-    device: str
-    rank: int | None = None
-    """Of the process, where a run has several."""
-    quantized_weights: Bytes
-    """Packed codes."""
-    quantization_metadata: Bytes
-    """Scales, zeros, tables."""
-    unquantized_weights: Bytes
-    """Embedding, head, norms, biases."""
-    lora: Bytes
-    """Weights of the adapters."""
-    gradients: Bytes | None = None
-    """Of the adapters."""
-    optimizer_state: Bytes | None = None
-    """The optimizer's moments."""
-
-
-class Memory(Recorded):
-    """Where the memory went."""
-
-    readings: tuple[MemoryReading, ...] = ()
-    """By phase and device."""
-    bytes_by_kind: tuple[BytesByKind, ...] = ()
-    """By device."""
-    phase_step: int | None = None
-    """The step whose forward, backward and optimizer phases were read (a warm-up step)."""
-    process_peak_resident_bytes: Bytes | None = None
-    """Highest resident memory of the worker over its whole life; of several, of the one with the most."""
-    allocator_retries: int | None = None
-    """CUDA: how often the allocator gave its unused blocks back and asked again, during the measured steps,
-    on all devices. Null on a CPU, and in records made before it was counted."""
-    allocator_ooms: int | None = None
-    """CUDA: how often it was out of memory in spite of that."""
 
 
 class Step(Recorded):

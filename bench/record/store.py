@@ -7,10 +7,7 @@ writes to a folder; a record that cannot be written there is kept elsewhere.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,20 +16,18 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bench.ask.documents import parsed
-from bench.errors import BrokenFile, CannotWrite, UserError
+from bench.errors import BrokenFile, CannotWrite
 from bench.record.migration import refuse_other_version, version_field, without_removed_fields
 from bench.record.schema import Record
+from bench.record.writing import PART_SUFFIX, held, keep_elsewhere, prove_writable, write_atomically
 
 SUFFIX = ".record.json"
-PART_SUFFIX = ".part"
 MOST_DIGITS = 20
 """Of a whole number with 64 bits, its sign included."""
 _NINETEEN_DIGITS = b"0" * 19
 _DIGITS_AS_ZEROS = bytes.maketrans(b"0123456789", _NINETEEN_DIGITS[:10])
 REPEATED_STATUSES = frozenset({"interrupted", "unavailable", "skipped"})
 """Outcomes that say nothing about the backend: the same command tries these runs again."""
-PROBE_BYTES = 2**20
-"""More than a record of a short run takes: a disk that has not even that is full."""
 
 
 class Store:
@@ -49,7 +44,7 @@ class Store:
         Raises UserError with the system's reason, or where another command has the folder.
         """
         prove_writable(self.folder, "records", "choose another folder with --out")
-        with _held(self.folder):
+        with held(self.folder):
             for left in self.folder.glob(f".*{SUFFIX}.*{PART_SUFFIX}"):
                 left.unlink(missing_ok=True)
             yield
@@ -68,7 +63,7 @@ class Store:
         try:
             return write_atomically(self.path(record.key), text)
         except CannotWrite as error:
-            kept = _keep_elsewhere(f"{record.key}{SUFFIX}", text)
+            kept = keep_elsewhere(f"{record.key}{SUFFIX}", text)
             hint = (
                 f"it is kept as '{kept}': move it into the folder and the same command goes on from there"
                 if kept
@@ -178,98 +173,6 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "file"
     return f"{where}: {first['msg']}"
-
-
-def prove_writable(folder: Path, what: str, hint: str) -> None:
-    """Create ``folder`` and write to it, before anything is measured.
-
-    Raises UserError with the system's reason: that ``what`` cannot be written there, and ``hint``.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Without a name where the system can (O_TMPFILE): a killed command leaves nothing of it.
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(PROBE_BYTES))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {what} to '{folder}': {error.strerror or error}", hint) from None
-
-
-def write_atomically(path: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all, surviving a power cut after return. Text is written as UTF-8.
-
-    Raises CannotWrite with the system's reason.
-    """
-    try:
-        _write(path, content)
-    except OSError as error:
-        raise CannotWrite(f"cannot write '{path}': {error.strerror or error}") from None
-    _sync_folder(path.parent)
-    return path
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART_SUFFIX)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _keep_elsewhere(name: str, text: str) -> Path | None:
-    """Write a file where temporary files belong. None: that cannot be done either."""
-    with suppress(OSError, CannotWrite):
-        return write_atomically(Path(tempfile.mkdtemp(prefix="qlora-bench-kept-")) / name, text)
-    return None
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it when the process ends, however it does.
-
-    The folder itself is locked, so that nothing is left in it. Not every file system can: there two commands
-    can write at once, each record still whole. Raises UserError where another command has it.
-    """
-    handle = None
-    try:
-        with suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-        if handle is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another command is writing to '{folder}'",
-                    "wait until it has ended, or choose another folder with --out",
-                ) from None
-            except OSError:
-                pass
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Not every file system lets a folder be synced; there it is best effort."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        return
-    finally:
-        os.close(handle)
 
 
 def _refuse_endless_numbers(text: bytes) -> None:

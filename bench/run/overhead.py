@@ -16,8 +16,8 @@ from statistics import fmean
 from typing import Any
 
 from bench.errors import BadValue
+from bench.record.environment import Environment
 from bench.record.overhead import ProcessTimes, Way
-from bench.record.schema import Environment
 from bench.run.arrange import Asked, arrange
 from bench.run.launch import run_one, work_alone
 from bench.run.order import Order

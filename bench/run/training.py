@@ -22,7 +22,8 @@ from bench.load.model import DTYPES
 from bench.probe.clock import now
 from bench.probe.gradients import gradient_norm
 from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
-from bench.record.schema import MemoryReading, Phase, Step
+from bench.record.memory import MemoryReading, Phase
+from bench.record.schema import Step
 from bench.run.watch import RandomState, Watch
 from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record.json_schema import FILE_NAME, LARGEST, SMALLEST, WORDS, record_schema, schema_text
-from bench.record.store import write_atomically
+from bench.record.writing import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "record.md"

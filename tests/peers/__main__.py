@@ -14,7 +14,8 @@ import click
 
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.errors import BadValue, BrokenFile, UserError
-from bench.record.store import read_document, write_atomically
+from bench.record.store import read_document
+from bench.record.writing import write_atomically
 from tests.command import ROOT
 from tests.peers.cases import CASES, OURS, Environment, choose
 from tests.peers.outcome import Session

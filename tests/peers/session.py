@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
 from bench.probe.machine import commit_and_dirty, processor_name, usable_cores
-from bench.record.store import write_atomically
+from bench.record.writing import write_atomically
 from tests.peers.arithmetic import tokens_per_second
 from tests.peers.arms import Place, run_ours, run_peer
 from tests.peers.cases import ARMS, OURS, Arm, Case

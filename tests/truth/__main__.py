@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench.record.store import write_atomically
+from bench.record.writing import write_atomically
 from tests.truth.plants import PLANTS, Amount
 from tests.truth.session import PRESET, Session
 from tests.truth.verdicts import Finding

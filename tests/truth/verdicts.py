@@ -12,7 +12,8 @@ from bench.judge.comparison import compare
 from bench.judge.groups import FIGURES, find_groups
 from bench.judge.intervals import NOISE_MARGIN, Ratio, differs, paired_ratio
 from bench.judge.rows import make_rows
-from bench.record.schema import MemoryReading, Record
+from bench.record.memory import MemoryReading
+from bench.record.schema import Record
 
 MIB = 2**20
 PHASE_READINGS = {
