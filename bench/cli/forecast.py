@@ -81,7 +81,7 @@ def forecast(
     from bench.run.arrange import Asked
     from bench.run.forecast_plan import arrange_forecast, parse_subsets
     from bench.show.forecast import forecast_table
-    from bench.show.terminal import Terminal
+    from bench.show.terminal import Terminal, say
 
     allow = flags.pop("allow")
     console = Terminal(stderr=as_json, quiet=quiet or as_json)
@@ -118,7 +118,7 @@ def forecast(
         click.echo(json.dumps(json.loads(found.model_dump_json()), indent=1))
     else:
         Terminal().print(forecast_table(found))
-        click.echo(f"forecast: {path}\nreport: {files.html}")
+        say(f"forecast: {path}\nreport: {files.html}")
     if any(backend.message or backend.failures for backend in found.backends):
         sys.exit(EXIT_FAILED_RUNS)
 

@@ -57,7 +57,7 @@ def margin(
     from bench.run.one_by_one import OneByOne
     from bench.show.margin import margin_table, margin_values
     from bench.show.progress import Display
-    from bench.show.terminal import Terminal
+    from bench.show.terminal import Terminal, say
 
     console = Terminal(stderr=as_json, quiet=quiet or as_json)
     plan = arrange_margin(Asked(**flags), dtypes=dtypes, module=module, max_bits=max_bits)
@@ -81,6 +81,6 @@ def margin(
         click.echo(json.dumps(margin_values(margins), indent=1))
     else:
         Terminal().print(margin_table(margins))
-        click.echo(f"records: {store.folder}\nreport: {files.html}")
+        say(f"records: {store.folder}\nreport: {files.html}")
     if any(found.ended_by in STATUSES for found in margins):
         sys.exit(EXIT_FAILED_RUNS)

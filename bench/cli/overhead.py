@@ -52,12 +52,13 @@ def overhead(
     from bench.run.arrange import Asked
     from bench.run.overhead import ProcessFailed, arrange_overhead, processes
     from bench.show.overhead import overhead_lines, overhead_values
+    from bench.show.terminal import say
 
     asked = Asked(preset=preset, backends=(backend,), layers=layers, steps=steps, settings=settings)
     order, headline = arrange_overhead(asked)
     if file is not None:
         prove_writable(file.parent, "the figures", "choose another file with --json")
-    click.echo(f"{headline}; {rounds} rounds of three processes")
+    say(f"{headline}; {rounds} rounds of three processes")
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     done: list[ProcessTimes] = []
     environment, ending = None, 0
@@ -83,10 +84,10 @@ def overhead(
     if not measured.rounds():
         sys.exit(ending or EXIT_FAILED_RUNS)
     found = judge_overhead(measured)
-    click.echo("\n".join(overhead_lines(found)))
+    say("\n".join(overhead_lines(found)))
     if file is not None:
         write_atomically(file, json.dumps(overhead_values(measured, found), indent=1) + "\n")
-        click.echo(f"written: {file}")
+        say(f"written: {file}")
     if not found.same_work or any(cost.verdict == "exceeded" for cost in found.costs):
         ending = ending or EXIT_FAILED_RUNS
     sys.exit(ending)

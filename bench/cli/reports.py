@@ -76,6 +76,7 @@ def report(
     Runs that are not alike stand in groups apart, the largest first; the report names what differs.
     """
     from bench.record.store import Store
+    from bench.show.terminal import say
 
     records = list(Store(folder).records())
     if not records:
@@ -89,7 +90,7 @@ def report(
         click.echo(json.dumps(_paths(files)))
     else:
         for path in [files.html] if files.html else files.written:
-            click.echo(f"report: {path}")
+            say(f"report: {path}")
     if open_page and files.html:
         click.launch(files.html.resolve().as_uri())
 
@@ -124,7 +125,7 @@ def show(
     ``allow``: differences with which runs are compared all the same (``--allow``).
     """
     from bench.show.tables import terminal_table
-    from bench.show.terminal import Terminal
+    from bench.show.terminal import Terminal, say
 
     comparison, files = written_report(records, folder, allow)
     if as_json:
@@ -132,7 +133,7 @@ def show(
     else:
         if not quiet:
             Terminal().print(terminal_table(comparison))
-        click.echo(f"report: {files.html}")
+        say(f"report: {files.html}")
 
 
 def written_report(

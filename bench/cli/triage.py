@@ -73,7 +73,7 @@ def triage(
         for configuration in found.configurations:
             # Not through rich: these lines are copied, and must not be wrapped.
             say(f"\n---- {configuration.title} ----\n\n{configuration.text}", newline=False)
-        click.echo(f"\ntriage: {path}\nreport: {files.html}")
+        say(f"\ntriage: {path}\nreport: {files.html}")
     if found.base.finite is not True and found.chosen is None:
         sys.exit(EXIT_FAILED_RUNS)
 

@@ -31,11 +31,13 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
 
     The page loads itself again from disk; nothing is served. At the end it is written once more, still.
     """
+    from bench.show.terminal import say
+
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file", "name the folder that a sweep writes to")
     # Started by a script in the background, it would ignore the signal that ends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    click.echo(f"watching {folder}; Ctrl-C ends it")
+    say(f"watching {folder}; Ctrl-C ends it")
     seen: Mapping[Path, int] | None = None
     try:
         while True:
@@ -48,7 +50,7 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
             _pause(every_seconds)
     except KeyboardInterrupt:
         page = _written(folder, allow, refresh_seconds=None) if seen else None
-        click.echo(f"report: {page}" if page else "no records yet")
+        say(f"report: {page}" if page else "no records yet")
 
 
 def _pause(seconds: float) -> None:
@@ -72,6 +74,7 @@ def _written(folder: Path, allow: frozenset[str], refresh_seconds: float | None)
     """Write the page and tell how it stands; a record that cannot be read is said and does not end it."""
     from bench.cli.reports import written_report
     from bench.record.store import Store
+    from bench.show.terminal import say
 
     try:
         records = list(Store(folder).records())
@@ -80,5 +83,5 @@ def _written(folder: Path, allow: frozenset[str], refresh_seconds: float | None)
         click.echo(f"{time.strftime('%H:%M:%S')}  {error}", err=True)
         return None
     done = sum(row.completed for row in comparison.rows)
-    click.echo(f"{time.strftime('%H:%M:%S')}  {done} of {len(comparison.rows)} runs completed  {files.html}")
+    say(f"{time.strftime('%H:%M:%S')}  {done} of {len(comparison.rows)} runs completed  {files.html}")
     return files.html
