@@ -7,13 +7,15 @@ PRESET ?= auto
 BACKEND ?= all
 FLAGS ?=
 OUT ?=
+PEERS := .venv-peers
 READY := $(VENV)/.ready
 # hqq would compile a CUDA extension that training does not use.
 INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability soak lint check overhead proxy gpu-72b wheel lock clean
+.PHONY: help bench report smollm2 test stability soak docs lint check overhead probes truth peers proxy gpu-72b wheel \
+  lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,14 +62,36 @@ stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margi
 soak: $(READY) ## The long proofs: every planted fault, kill -9 at random moments, 20,000 bad inputs
 	$(BIN)/python -m pytest --timeout=7200 -m soak $(FLAGS)
 
+docs: $(READY) ## Write docs/record.md and the record's JSON Schema out of the models
+	$(BIN)/python -m bench.show.field_reference
+
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 check: lint test ## What CI runs before the proxy benchmark
 
-overhead: $(READY) ## Time the harness's loop and its probes (FLAGS="--preset ... --rounds ... --all")
-	$(BIN)/python -m bench.run.overhead $(FLAGS)
+overhead: smollm2 ## The harness's loop beside one by hand, in 18 fresh processes a preset (long)
+	for preset in proxy smollm2-135m; do \
+	  $(BIN)/qlora-bench overhead --preset $$preset --json results/local/overhead-$$preset.json $(FLAGS) || exit $$?; \
+	done
+
+truth: $(READY) ## Known answers: planted delays, memory, leaks and lies, each measured or refused (long)
+	$(BIN)/python -m tests.truth --json results/local/truth.json $(FLAGS)
+
+probes: $(READY) ## Time what each probe costs, within one process (FLAGS="--preset ... --rounds ... --all")
+	$(BIN)/python -m bench.run.probe_cost $(FLAGS)
+
+# The peers have environments of their own. Where the older one cannot be made, its runs say so in the page.
+$(PEERS)/%/.ready: tests/peers/%.txt requirements.lock
+	@echo "setting up $(@D) (once; about 6 GB, most of it torch)"
+	$(PYTHON) -m venv $(@D)
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+peers: smollm2 $(PEERS)/today/.ready ## This project beside transformers.Trainer and optimum-benchmark (long)
+	-$(MAKE) --no-print-directory $(PEERS)/older/.ready
+	$(BIN)/python -m tests.peers $(FLAGS)
 
 proxy: $(READY) ## The proxy comparison of all backends that CI runs
 	$(BIN)/qlora-bench run --preset proxy --backend all --steps 5 --force --out results/local/ci
@@ -90,4 +114,4 @@ lock: $(READY) ## Write requirements.lock from what is installed now
 	mv requirements.lock.new requirements.lock
 
 clean: ## Remove the environment and build products
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -4,7 +4,8 @@
     ├── BadValue              a name or value that is not valid; names the nearest valid one
     ├── MissingLibrary        an importable package that a backend needs is not there
     ├── MissingModel          a model that is neither on disk nor to be fetched
-    └── BrokenFile            a file that cannot be read as what it should be
+    ├── BrokenFile            a file that cannot be read as what it should be
+    └── CannotWrite           a file that the system does not let us write
 
 Every other exception is a bug of ours and keeps its traceback.
 """
@@ -12,7 +13,12 @@ Every other exception is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST_LINE = 1000
+"""Characters of the line that a person reads; what is longer loses its middle."""
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -26,7 +32,7 @@ class UserError(Exception):
     def __str__(self) -> str:
         """The single line a person reads."""
         line = self.message if self.hint is None else f"{self.message}; {self.hint}"
-        return " ".join(line.split())
+        return one_line(line)
 
 
 class BadValue(UserError):
@@ -43,6 +49,28 @@ class MissingModel(UserError):
 
 class BrokenFile(UserError):
     """A file is not what its name or place promises."""
+
+
+class CannotWrite(UserError):
+    """A file cannot be written: the disk is full, read-only, or gone."""
+
+
+def printable(text: str) -> str:
+    """``text`` without what a terminal would obey: control characters (but the line feed and the tab), signs
+    that turn the direction of writing, and halves of surrogate pairs are spelt out, as in ``\\x1b``.
+
+    Whatever comes out of a file that anyone may have made goes through here before it is printed.
+    """
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """``text`` as one printable line of at most `LONGEST_LINE` characters."""
+    line = printable(" ".join(text.split()))
+    if len(line) <= LONGEST_LINE:
+        return line
+    half = (LONGEST_LINE - 3) // 2
+    return f"{line[:half]}...{line[-half:]}"
 
 
 def unknown(kind: str, value: str, valid: Iterable[str]) -> BadValue:

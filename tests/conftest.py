@@ -11,6 +11,7 @@ import pytest
 from bench.run import one_by_one
 from tests.command import Command
 from tests.fake_worker import FakeWorker, Outcome
+from tests.front import front  # noqa: F401
 from tests.misbehaving import install
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from bench.ask.plan import ModelRequest
 from bench.ask.preset import load_preset
+from bench.record.environment import Device
 from bench.record.forecast import BackendForecast, CardOutlook, Check, Forecast, Line, StepSeconds
-from bench.record.schema import BytesByKind, Device, Memory, MemoryReading, Record
+from bench.record.memory import BytesByKind, Memory, MemoryReading
+from bench.record.schema import Record
 from tests.record_factory import GIB, PHASES, digest, environment, record
 
 QWEN_72B = ModelRequest(

@@ -8,7 +8,8 @@ from typing import Any
 
 from bench.ask.experiment import Workload
 from bench.record.depths import DepthTimes, Repeat, Turns
-from bench.record.schema import BytesByKind, Load, Memory, MemoryReading, Record
+from bench.record.memory import BytesByKind, Memory, MemoryReading
+from bench.record.schema import Load, Record
 from tests.record_factory import digest, failed, record, request
 
 SIX = """

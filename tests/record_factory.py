@@ -14,20 +14,9 @@ from typing import Any
 
 from bench.ask.experiment import Lora, Optimizer, Workload
 from bench.ask.plan import ModelRequest, RunRequest
-from bench.record.schema import (
-    BytesByKind,
-    Device,
-    Environment,
-    Load,
-    LoraFacts,
-    Memory,
-    MemoryReading,
-    Proof,
-    Quantization,
-    Record,
-    Step,
-    WorkloadFacts,
-)
+from bench.record.environment import Device, Environment
+from bench.record.memory import BytesByKind, Memory, MemoryReading
+from bench.record.schema import Load, LoraFacts, Proof, Quantization, Record, Step, WorkloadFacts
 from bench.record.stability import (
     Fidelity,
     FirstFailure,

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from bench.ask.plan import RunRequest
 from bench.errors import BadValue
 from bench.judge.comparison import Comparison, compare
-from bench.judge.conditions import CHECKS
+from bench.judge.conditions import CHECKS, checks_of
 from bench.judge.families import ALLOWABLE, BY_NAME, FAMILIES, parse_allowed
 from bench.record.schema import Record
 from bench.record.store import Store
@@ -159,6 +160,11 @@ def test_awq_on_cuda_is_told_how_to_be_allowed() -> None:
     ]  # fmt: skip
 
 
+def test_those_that_compute_in_the_same_other_dtype_stand_together() -> None:
+    made = [*eight_backends()[:-1], OTHER["dtype"](record("eetq"))]
+    assert labels(compare(made))[1:] == [["awq", "eetq"]]
+
+
 def test_a_failed_run_splits_nothing() -> None:
     broken = failed("hqq", "error", "load", "x", environment=environment(commit=NEW))
     assert len(compare([record("bf16"), broken]).groups) == 1
@@ -217,6 +223,34 @@ def test_two_dirty_runs_of_one_commit_are_warned_about_and_not_split() -> None:
     comparison = compare(made)
     assert len(comparison.groups) == 1
     assert "two such runs of one commit may be of different code" in text_of(comparison)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_two_runs_of_a_group_agree_in_all_that_is_known_of_both(seed: int) -> None:
+    draw = random.Random(seed)
+    made = []
+    for name in draw.choices(list(FIGURES), k=9):
+        one = record(name, repeat=draw.randrange(3))
+        if draw.random() < 0.4:
+            one = with_library(name, "bitsandbytes", draw.choice(["0.49", "0.50"]), repeat=one.request.repeat)
+        if draw.random() < 0.3:
+            one = changed(one, "workload", digest=digest(draw.choice("ab")))
+        if draw.random() < 0.2:
+            one = OTHER[draw.choice(("dtype", "device", "commit"))](one)
+        made.append(one)
+    comparison = compare(made)
+    rows = [row for group in comparison.groups for row in group.rows]
+    assert sorted(map(id, rows)) == sorted(map(id, comparison.rows))
+    sizes = [len(group.rows) for group in comparison.groups]
+    assert sizes == sorted(sizes, reverse=True)
+    breaking = [check for check in checks_of(rows) if check.family]
+    for group in comparison.groups:
+        for check, (one, two) in itertools.product(breaking, itertools.combinations(group.rows, 2)):
+            values = check.read_if_used(one), check.read_if_used(two)
+            assert check.scope(one) != check.scope(two) or None in values or len(set(values)) == 1
+    for group in comparison.groups[1:]:
+        first = {row.repeat for row in comparison.groups[0].rows}
+        assert group.differences or first.isdisjoint(row.repeat for row in group.rows)
 
 
 # ---- names

@@ -6,7 +6,8 @@ import pytest
 from bench.ask.experiment import Workload
 from bench.judge.comparison import compare
 from bench.judge.doubts import ONE_RUN, REPEATED, SOME_ONE_RUN
-from bench.record.schema import BytesByKind, Memory, MemoryReading, Record
+from bench.record.memory import BytesByKind, Memory, MemoryReading
+from bench.record.schema import Record
 from tests.record_factory import (
     AWQ_NOTE,
     FIGURES,

@@ -9,7 +9,7 @@ import pytest
 from bench.errors import BrokenFile
 from bench.judge.comparison import compare
 from bench.record.forecast import save_forecast
-from bench.record.schema import BytesByKind, Memory, MemoryReading
+from bench.record.memory import BytesByKind, Memory, MemoryReading
 from bench.show.columns import MISSING
 from bench.show.fit_plots import fit_plots
 from bench.show.fit_section import fit_section

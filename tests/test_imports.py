@@ -29,9 +29,10 @@ QUANTIZATION_LIBRARIES = {"bitsandbytes", "hqq", "gptqmodel", "eetq", "optimum",
 PARENT_SIDE = ("bench.cli", "bench.run.arrange", "bench.run.launch", "bench.run.sweep", "bench.run.conformance", "bench.show.report",
                "bench.show.progress", "bench.judge.comparison", "bench.record.store", "bench.load.registry",
                "bench.ask.plan", "bench.ask.packing", "bench.ask.stress", "bench.ask.reference", "bench.load.fit", "bench.cli.plan",
-               "bench.show.footprint", "bench.cli.diagnose", "bench.cli.forecast", "bench.run.forecast", "bench.run.outlooks",
-               "bench.run.preflight", "bench.run.placing", "bench.run.sources", "bench.probe.cards",
-               "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine")  # fmt: skip
+               "bench.show.footprint", "bench.cli.diagnose", "bench.cli.forecast", "bench.cli.overhead", "bench.run.overhead", "bench.run.forecast", "bench.run.outlooks",
+               "bench.cli.schema", "bench.record.json_schema", "bench.show.terminal", "bench.run.preflight", "bench.run.placing", "bench.run.sources", "bench.probe.cards",
+               "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine",
+               "bench.cli.compare", "bench.judge.regression", "bench.show.regression_markdown")  # fmt: skip
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -83,6 +84,16 @@ def test_commands_answer_without_torch(arguments: list[str]) -> None:
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip().endswith("torch imported: False")
+
+
+def test_everything_is_printed_through_the_terminal_that_takes_no_orders() -> None:
+    """rich's own Console hands the control characters of a text on; `bench.show.terminal.Terminal` does not."""
+    own = ROOT / "bench" / "show" / "terminal.py"
+    for path in (ROOT / "bench").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
+            assert name != "Console" or path == own, f"{path}:{node.lineno}: use bench.show.terminal.Terminal"
 
 
 def test_no_room_is_a_drawer() -> None:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from bench.probe.allocator import AllocatorTrouble
 from bench.probe.memory import MemoryProbe, release_unused, resident_bytes
 
 CPU = torch.device("cpu")
@@ -47,3 +48,20 @@ def test_a_cpu_has_no_allocator_figures() -> None:
         None,
         None,
     )
+
+
+def test_the_allocator_of_a_cpu_has_no_troubles_to_count() -> None:
+    assert AllocatorTrouble([CPU]).after_step(warmup=False) is None
+
+
+def test_troubles_of_the_warm_up_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's counters are stood in for: only their arithmetic is tested here."""
+    totals = {"num_alloc_retries": 5, "num_ooms": 1}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: dict(totals))
+    trouble = AllocatorTrouble([torch.device("cuda", 0), torch.device("cuda", 1)])
+    totals["num_alloc_retries"] = 7
+    assert trouble.after_step(warmup=True) == {"allocator_retries": 0, "allocator_ooms": 0}
+    totals["num_alloc_retries"] = 10
+    assert trouble.after_step(warmup=False) == {"allocator_retries": 6, "allocator_ooms": 0}
+    totals["num_ooms"] = 2
+    assert trouble.after_step(warmup=False) == {"allocator_retries": 6, "allocator_ooms": 2}

@@ -211,7 +211,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(plan, arguments, words):
 
 def test_without_cards_named_those_of_the_machine_are_taken(plan, monkeypatch):
     from bench.probe import machine
-    from bench.record.schema import Device
+    from bench.record.environment import Device
 
     monkeypatch.setattr(machine, "cuda_devices", tuple)
     with pytest.raises(BadValue, match="no CUDA card was found here"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.ask.plan import RunRequest
-from bench.record.schema import Device
+from bench.record.environment import Device
 from bench.run.arrange import Asked, arrange
 from bench.run.placing import settle
 from tests.footprint_factory import asked

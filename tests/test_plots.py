@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench.judge.comparison import compare
-from bench.record.schema import Memory
+from bench.record.memory import Memory
 from bench.record.stability import LayerFidelity
 from bench.show.plots import plots
 from bench.show.styles import STYLES, assign_styles

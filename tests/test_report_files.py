@@ -27,7 +27,6 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     store = Store(tmp_path / "records")
-    store.open_for_writing()
     for made in (record("bf16"), record("hqq")):
         store.save(made)
     return store.folder
@@ -71,7 +70,7 @@ def test_only_what_is_asked_for_is_written(command: Command, folder: Path) -> No
     paths = command.json("report", folder, "--format", "csv,parquet", "--format", "png")
     assert set(paths) == {"csv", "figures_csv", "parquet", "plots"}
     written = {path.name for path in folder.iterdir() if "record" not in path.name}
-    assert written == {"report.csv", "report.parquet", "plots"}
+    assert written == {"report.csv", "figures.csv", "report.parquet", "plots"}
     assert {path.suffix for path in (folder / "plots").iterdir()} == {".png"}
 
 
@@ -104,7 +103,6 @@ def test_a_page_is_kept_current_until_it_is_told_to_end(command: Command, tmp_pa
 
     try:
         told("watching")
-        store.open_for_writing()
         store.save(record("hqq"))
         told("1 of 1 runs completed")
         assert '<meta http-equiv="refresh" content="0.2">' in page.read_text(encoding="utf-8")

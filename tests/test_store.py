@@ -1,14 +1,18 @@
+import errno
+import fcntl
 import json
 import math
 import os
+import tempfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.errors import BrokenFile, UserError
+from bench.errors import BrokenFile, CannotWrite, UserError
 from bench.record.schema import Record, Step
-from bench.record.store import Store, read_record, write_atomically
+from bench.record.store import Store, read_record
+from bench.record.writing import write_atomically
 from tests.record_factory import eight_backends, failed, record, step
 
 NUMBERS = st.floats()
@@ -37,7 +41,7 @@ def test_nothing_is_left_when_writing_fails_midway(tmp_path, monkeypatch, functi
         raise OSError("disk full")
 
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CannotWrite, match=r"cannot write '.*/x': disk full"):
         write_atomically(tmp_path / "x", "text")
     assert list(tmp_path.iterdir()) == []
 
@@ -55,6 +59,28 @@ def test_the_old_record_stands_when_writing_a_new_one_fails_midway(tmp_path, mon
         store.save(old.model_copy(update={"wall_seconds": 1.0}))
     monkeypatch.undo()
     assert list(store.records()) == [old]
+
+
+def test_a_record_that_cannot_be_written_is_kept_elsewhere_and_the_line_says_where(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(kept))
+    (tmp_path / "records").write_text("no folder")
+    made = record("hqq")
+    with pytest.raises(CannotWrite) as caught:
+        Store(tmp_path / "records").save(made)
+    (file,) = kept.rglob("*.record.json")
+    assert file.name == f"{made.key}.record.json"
+    assert f"cannot write '{tmp_path}/records/{file.name}'" in str(caught.value)
+    assert f"it is kept as '{file}': move it" in str(caught.value)
+    assert read_record(file) == made
+
+
+def test_a_record_that_can_be_kept_nowhere_is_said_to_be_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    (tmp_path / "records").write_text("no folder")
+    with pytest.raises(CannotWrite, match="the record of this run is lost"):
+        Store(tmp_path / "records").save(record("hqq"))
 
 
 def test_what_is_half_written_is_not_seen_as_a_record(tmp_path, monkeypatch):
@@ -151,6 +177,7 @@ def test_a_run_without_a_record_is_not_finished(tmp_path):
         ("error", True),
         ("interrupted", False),
         ("unavailable", False),
+        ("skipped", False),
     ],
 )
 def test_what_says_nothing_about_a_backend_is_tried_again(tmp_path, status, stands):
@@ -188,14 +215,59 @@ def test_other_files_are_not_records(tmp_path):
 
 
 def test_opening_makes_the_folder_and_leaves_it_empty(tmp_path):
-    Store(tmp_path / "a" / "b").open_for_writing()
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    with Store(tmp_path / "a" / "b").open_for_writing():
+        assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out"):
-        Store(tmp_path / "file" / "below").open_for_writing()
+    with pytest.raises(UserError, match="--out"), Store(tmp_path / "file" / "below").open_for_writing():
+        pass
+
+
+def test_a_folder_is_written_to_by_one_at_a_time(tmp_path):
+    with Store(tmp_path).open_for_writing():
+        with pytest.raises(UserError, match="another command is writing to"), Store(tmp_path).open_for_writing():
+            pass
+        with Store(tmp_path / "below").open_for_writing():
+            pass
+    with Store(tmp_path).open_for_writing():
+        pass
+
+
+def test_a_folder_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), Store(tmp_path).open_for_writing():
+        1 / 0  # noqa: B018
+    with Store(tmp_path).open_for_writing():
+        pass
+
+
+def test_where_nothing_can_be_locked_there_is_no_lock(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Store(tmp_path).open_for_writing(), Store(tmp_path).open_for_writing():
+        pass
+
+
+def test_what_killed_commands_left_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / ".hqq-x.record.json.abc123.part"
+    others = [tmp_path / name for name in (".report.html.abc123.part", ".hidden", "hqq-x.record.json")]
+    for file in (left, *others):
+        file.write_text("{")
+    with Store(tmp_path).open_for_writing():
+        assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize(
+    ("status", "failed"), [("completed", False), ("out_of_memory", True), ("skipped", True), ("interrupted", True)]
+)
+def test_a_run_has_failed_where_its_record_says_that_it_did_not_complete(tmp_path, status, failed):
+    made = record("hqq").model_copy(update={"status": status})
+    assert not Store(tmp_path).failed(made.key)
+    Store(tmp_path).save(made)
+    assert Store(tmp_path).failed(made.key) is failed
 
 
 @given(

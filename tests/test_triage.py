@@ -373,7 +373,7 @@ def test_it_is_read_as_it_was_written(worker: Any, out: Path) -> None:
     assert json.loads((out / FILE_NAME).read_text())["triage_version"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"triage_version": 2}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", '{"triage_version": 1}', "\x00"])
 def test_a_broken_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text(text)
     with pytest.raises(BrokenFile, match=r"triage\.json' is not a triage"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
+from bench.ask.documents import parsed
 from bench.errors import BrokenFile
 
 Message = dict[str, str]
@@ -20,8 +20,8 @@ def read_conversations(path: Path) -> list[list[Message]]:
     try:
         # Not splitlines(): it also cuts at separators that may stand inside a JSON text.
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFile(f"'{path}' is not readable: {error}") from None
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        raise BrokenFile(f"training text '{path}' is not readable: {error}") from None
     found = [_conversation(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise BrokenFile(f"'{path}' holds no conversations")
@@ -36,8 +36,8 @@ def _conversation(path: Path, number: int, line: str) -> list[Message]:
         )
 
     try:
-        body = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        body = parsed(line)
+    except ValueError as error:
         raise broken(f"not JSON ({error})") from None
     if not isinstance(body, dict):
         raise broken("not an object")

@@ -28,16 +28,26 @@ TARGET_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 class Frozen(BaseModel):
     """Base of all asked-for values: immutable, and a key that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        ser_json_inf_nan="strings",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class Workload(Frozen):
     """What is trained on, and how much of it. Token counts are per optimizer step."""
 
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 256
+    """Of a row."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Rows that go through the model at once."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Micro-batches of an optimizer step."""
     steps: Annotated[int, Field(ge=1, le=100_000)] = 8
+    """Optimizer steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2
     """Leading steps that are recorded, marked, and left out of the timing statistics."""
     padding: Literal["packed", "right", "left"] = "packed"
@@ -60,8 +70,11 @@ class Lora(Frozen):
     """The adapters, the same for every backend."""
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Of the two matrices."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The adapters' output is scaled by alpha over rank."""
     target_modules: tuple[str, ...] = TARGET_PROJECTIONS
+    """Projections that get an adapter."""
     precision: Literal["autocast", "float32", "compute"] = "autocast"
     """``autocast``: weights in float32, products in the compute dtype; ``float32``: both in float32;
     ``compute``: both in the compute dtype."""
@@ -82,10 +95,15 @@ class Optimizer(Frozen):
     """torch.optim.AdamW with a constant learning rate, and clipping by global norm."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Constant over all steps."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the mean of gradients."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the mean of their squares."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the adapters."""
     max_gradient_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global norm; None turns clipping off."""
 
@@ -177,7 +195,7 @@ def describe(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _describe_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
     path = [str(part) for part in problem["loc"]]
-    name = ".".join(path) or model.__name__.lower()
+    name = ".".join(path) if path else model.__name__.lower()
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{name}'{_suggest(path[-1], _fields_at(model, path[:-1]))}"
     message = str(problem["msg"]).removeprefix("Value error, ")

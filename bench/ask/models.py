@@ -18,8 +18,10 @@ from urllib.parse import urlsplit
 
 import platformdirs
 
+from bench.ask.documents import parsed
 from bench.ask.experiment import Experiment
 from bench.ask.plan import ModelRequest
+from bench.ask.shapes import size_problem
 from bench.ask.shards import safetensors_header, weight_files
 from bench.errors import BadValue, BrokenFile, MissingModel
 
@@ -95,11 +97,14 @@ def resolve_model(experiment: Experiment, *, preset_model: str | None, download:
 
 def find_on_disk(name: str) -> Path | None:
     """The folder of a model: a local folder, one of the cache, or a snapshot of the Hub cache."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith(LOCAL_PREFIX):
-        folder = cache_folder() / "models" / name.removeprefix(LOCAL_PREFIX)
-        return folder if (folder / CONFIG_NAME).is_file() else None
+    try:
+        if Path(name).is_dir():
+            return Path(name)
+        if name.startswith(LOCAL_PREFIX):
+            folder = cache_folder() / "models" / name.removeprefix(LOCAL_PREFIX)
+            return folder if (folder / CONFIG_NAME).is_file() else None
+    except (OSError, ValueError) as error:  # too long for a path, or with a NUL in it
+        raise MissingModel(f"model '{name}' is neither a folder here nor a Hub id ({error})") from None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -116,7 +121,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json. Raises BrokenFile naming what is wrong."""
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BrokenFile(
             f"'{folder}' holds no {CONFIG_NAME}", "a model folder needs config.json and *.safetensors"
@@ -125,6 +130,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BrokenFile(f"'{path}' is not readable JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise BrokenFile(f"'{path}' names no model_type")
+    if problem := size_problem(config):
+        raise BrokenFile(f"'{path}': {problem}")
     return config
 
 
@@ -169,8 +176,9 @@ def _lacks_files(name: str, folder: Path | None) -> bool:
 
 
 def _download(name: str) -> Path:
-    """Fetch a model with consent given. The network is tried once, briefly, so that there is no long wait."""
-    from huggingface_hub import constants, snapshot_download
+    """Fetch a model with consent given. The network is tried once, briefly, so that there is no long wait;
+    and a Hub that takes a request and says nothing is not waited for without end."""
+    from huggingface_hub import constants, get_session, snapshot_download
 
     parts = urlsplit(constants.ENDPOINT)
     try:
@@ -180,11 +188,23 @@ def _download(name: str) -> Path:
             f"model '{name}' is not on this disk and the Hub cannot be reached from here",
             _ways_on(shape_known=False),
         ) from None
+    get_session().event_hooks["request"].append(_limited)
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED_PATTERNS)))
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MissingModel(f"model '{name}' could not be fetched: {reason}") from error
+
+
+def _limited(request: Any) -> None:
+    """Give a request of the Hub's client (httpx) a limit for each wait that has none: the one that asks which
+    files there are is sent without."""
+    from huggingface_hub import constants
+
+    limits = request.extensions.get("timeout", {})
+    unlimited = dict.fromkeys(("connect", "read", "write", "pool"), constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    given = {name: seconds for name, seconds in limits.items() if seconds is not None}
+    request.extensions = {**request.extensions, "timeout": unlimited | given}
 
 
 def _missing(name: str, *, shape_known: bool) -> MissingModel:

@@ -49,10 +49,13 @@ class ModelRequest(Frozen):
     name: str
     """Hub id, or the folder as it was given."""
     weights: Literal["real", "synthetic"]
+    """Read from files, or drawn at random in the model's exact shape."""
     fingerprint: str
     """Real: over config.json and each weight file's size, header and ends. Synthetic: over the shape."""
     architecture: Mapping[str, Any]
+    """Its configuration in the Hub's config.json terms, cut to the layers that are kept."""
     layers: Annotated[int, Field(ge=1)] | None = None
+    """Only the first so many decoder layers are kept; null: all."""
     note: str | None = None
     """Why these weights were taken, where that was the project's choice."""
 
@@ -61,33 +64,48 @@ class RunRequest(Frozen):
     """One run: one backend, one seed, one fresh process. Everything that its result depends on."""
 
     preset: str
+    """What the run was planned from."""
     model: ModelRequest
     backend: str
+    """Id of the backend."""
     options: Mapping[str, Any]
     """The backend's options, complete: defaults included."""
     calibration: Literal["rtn", "calibrated", "published", "random"] | None = None
     """How the packed checkpoint is made, that it is read as published, or that there is none and codes are
     drawn at random; None: quantized on load."""
     dtype: Dtype
+    """Compute dtype that was asked for."""
     device: Literal["cpu", "cuda"]
+    """On which it runs."""
     placement: Placement = "single"
+    """How it uses devices: one, layers spread over several, or a process for each."""
     device_count: Annotated[int, Field(ge=1)] = 1
     """Devices of this run: of its one process, or one for each of its processes."""
     cache: bool = False
+    """Whether the quantized model is kept on disk and loaded from there."""
     attention: Attention
+    """The attention that was asked for."""
     checkpointing: Literal["non_reentrant", "reentrant", "none"]
+    """How activations are recomputed in the backward."""
     workload: Workload
     data_digest: str | None = None
     """SHA-256 of the ``workload.data`` file, None for the generated set."""
     lora: Lora
     optimizer: Optimizer
     stress: Mapping[str, float] = Field(default_factory=dict)
+    """Module name or glob -> factor by which the layer is rescaled against its partner."""
     trace: bool = False
+    """Whether every linear, norm and attention is watched."""
     fidelity: bool = False
+    """Whether the gradient is compared with an unquantized reference's."""
     seed: int
+    """Of the adapters' initial values, and of torch's generator."""
     repeat: Annotated[int, Field(ge=0)]
+    """Which round of the experiment, from 0."""
     timeout_seconds: float
+    """Limit of the run."""
     cpu_threads: Annotated[int, Field(ge=1)]
+    """Threads of torch in each process."""
     versions: Mapping[str, str | None]
     """Library -> version, so that an upgraded library means a new run and not a stale record."""
 

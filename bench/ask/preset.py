@@ -12,9 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from bench.ask.experiment import Frozen, describe
+from bench.ask.experiment import Experiment, Frozen, describe
+from bench.ask.shapes import size_problem
 from bench.errors import BadValue, BrokenFile, unknown
 
 AUTOMATIC = "auto"
@@ -38,6 +39,13 @@ class Preset(Frozen):
     needs_cuda_gib: float | None = Field(default=None, gt=0)
     """Memory of the cards that hold it in 4 bit, together; None: runs on a CPU."""
 
+    @field_validator("architecture")
+    @classmethod
+    def _sizes(cls, architecture: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        if architecture is not None and (problem := size_problem(architecture)):
+            raise ValueError(problem)
+        return architecture
+
     @property
     def experiment_values(self) -> dict[str, Any]:
         """Keys of an Experiment that the preset sets."""
@@ -54,11 +62,11 @@ def preset_names() -> list[str]:
 
 def load_preset(name: str) -> Preset:
     """A preset by name, or by the path of a TOML file. Raises BadValue or BrokenFile."""
-    if name.endswith(".toml") and Path(name).is_file():
-        try:
+    try:
+        if name.endswith(".toml") and Path(name).is_file():
             return _parse(name, Path(name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise BrokenFile(f"preset '{name}' is not readable: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenFile(f"preset '{name}' is not readable: {error}") from None
     if name not in preset_names():
         raise unknown("preset", name, [*preset_names(), AUTOMATIC])
     return _parse(name, resources.files("bench.ask.presets").joinpath(f"{name}.toml").read_text("utf-8"))
@@ -83,8 +91,17 @@ def choose_preset(cuda_memory_bytes: Sequence[int]) -> tuple[str, str]:
 
 def _parse(name: str, text: str) -> Preset:
     try:
-        return Preset.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise BrokenFile(f"preset '{name}' is nested too deeply") from None
+    except ValueError as error:  # also a number with more digits than Python reads
         raise BrokenFile(f"preset '{name}' is not TOML: {error}") from None
+    model: type[BaseModel] = Preset
+    try:
+        preset = Preset.model_validate(values)
+        # By itself: flags come on top of what the preset alone must be able to say.
+        model = Experiment
+        Experiment.model_validate({**preset.experiment_values, "preset": name, "backends": ()})
     except ValidationError as error:
-        raise BadValue(f"preset '{name}': " + "; ".join(describe(error, Preset))) from None
+        raise BadValue(f"preset '{name}': " + "; ".join(describe(error, model))) from None
+    return preset

@@ -13,6 +13,25 @@ from typing import Any
 
 from bench.errors import BadValue, UserError, nearest
 
+LARGEST_SIZE = 2**31 - 1
+MOST_LAYERS = 10_000
+"""No known decoder comes near; a damaged configuration must not take the machine's memory for names."""
+SIZES = {
+    "num_hidden_layers": MOST_LAYERS,
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+        ),
+        LARGEST_SIZE,
+    ),
+}
+"""Fields of a configuration that are whole numbers from 1 on -> the largest that is believed."""
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ROTARY_BUFFERS = 2
@@ -158,6 +177,20 @@ def decoder_of(architecture: Mapping[str, Any], layers: int | None = None) -> De
         context=int(context) if context else None,
         linears=_linears(architecture, layout, (hidden, intermediate, heads * width, groups * width)),
     )
+
+
+def size_problem(architecture: Mapping[str, Any]) -> str | None:
+    """What is wrong with the sizes that a configuration has, in words; None: nothing. One may be missing."""
+    for field, largest in SIZES.items():
+        value = architecture.get(field)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            return f"{field} is no whole number from 1 to {largest} (got {value!r})"
+    return None
+
+
+def decoder_layers(architecture: Mapping[str, Any]) -> int:
+    """How many decoder layers a configuration has. Raises BadValue where it does not say."""
+    return _size(architecture, "num_hidden_layers")
 
 
 def _linears(

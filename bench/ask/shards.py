@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bench.ask.documents import parsed
 from bench.errors import BrokenFile
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,7 +56,7 @@ def _read_index(index: Path) -> dict[str, str]:
         placed = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"]
         # The name alone: an index cannot lead out of its folder.
         return {name: Path(shard).name for name, shard in placed.items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise BrokenFile(f"'{index}' is no index of shards: {error!r}") from None
 
 
@@ -70,7 +71,7 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise BrokenFile(f"'{file}' is truncated or no safetensors file")
-            header = json.loads(stream.read(length))
+            header = parsed(stream.read(length))
         if not isinstance(header, dict):
             raise TypeError("header is no object")
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != METADATA]

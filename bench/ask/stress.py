@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.ask.shapes import decoder_layers
 from bench.errors import BadValue, nearest
 
 PARTNERS = {
@@ -86,7 +87,7 @@ def resolve_stress(
             f"--stress: no two layers of a '{model_type}' model are known that can be rescaled together",
             f"known: {', '.join(FAMILIES)}",
         )
-    count = min(int(architecture["num_hidden_layers"]), layers or math.inf)
+    count = min(decoder_layers(architecture), layers or math.inf)
     names = module_names(int(count))
     taken: dict[str, str] = {}
     pairs = []

@@ -12,16 +12,20 @@ from typing import NoReturn
 import click
 
 from bench.cli.backends import backends, check
+from bench.cli.compare import compare
 from bench.cli.diagnose import diagnose
 from bench.cli.endings import EXIT_BAD_INPUT, EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.forecast import forecast
 from bench.cli.margin import margin
+from bench.cli.overhead import overhead
 from bench.cli.plan import plan
 from bench.cli.reports import report, runs
 from bench.cli.run import run
+from bench.cli.schema import schema
+from bench.cli.surroundings import prepare
 from bench.cli.triage import triage
 from bench.cli.watch import watch
-from bench.errors import UserError, unknown
+from bench.errors import UserError, one_line, unknown
 
 
 class _Group(click.Group):
@@ -45,23 +49,30 @@ def cli() -> None:
     """
 
 
-for command in (run, plan, forecast, triage, margin, diagnose, backends, check, report, watch, runs):
+for command in (
+    run, plan, forecast, triage, margin, diagnose, report, watch, compare, runs, backends, check, schema,
+    overhead,
+):  # fmt: skip
     cli.add_command(command)
 
 
 def main() -> NoReturn:
     """Entry point of the command. Prints a person's errors as one line and exits with 2."""
+    prepare()
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
         click.echo(f"qlora-bench: {error}", err=True)
         sys.exit(EXIT_BAD_INPUT)
     except click.ClickException as error:
-        click.echo(f"qlora-bench: {' '.join(error.format_message().split())}", err=True)
+        click.echo(f"qlora-bench: {one_line(error.format_message())}", err=True)
         sys.exit(EXIT_BAD_INPUT)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    except MemoryError:
+        click.echo("qlora-bench: out of memory; finished records are kept", err=True)
+        sys.exit(EXIT_FAILED_RUNS)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to say, and nobody to say it to.
         sys.stderr.close()

@@ -45,7 +45,8 @@ def other_commits(sweep: Sweep, allow: Collection[str]) -> str | None:
     if not waiting or not kept:
         return None
     now, _ = commit_and_dirty()
-    environments = [read_record(sweep.store.path(key)).environment for key in kept]
+    paths = [path for key in kept if (path := sweep.store.path(key)).exists()]
+    environments = [read_record(path).environment for path in paths]
     before = [each.commit for each in environments if each is not None and each.commit != now]
     if not before:
         return None

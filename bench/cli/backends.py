@@ -54,6 +54,7 @@ def check(name: str, as_json: bool) -> None:
     from bench.run.conformance import asked_for, findings
     from bench.run.sweep import run_sweep
     from bench.show.progress import Silent
+    from bench.show.terminal import say
 
     entry = get_backend(name)
     with tempfile.TemporaryDirectory(prefix="qlora-bench-check-") as scratch:
@@ -67,6 +68,6 @@ def check(name: str, as_json: bool) -> None:
     else:
         click.echo(f"{entry.id}: {entry.description}")
         for finding in found:
-            click.echo(f"  {'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
+            say(f"  {'ok  ' if finding.passed else 'FAIL'}  {finding.name}: {finding.detail}")
     if not all(finding.passed for finding in found):
         sys.exit(EXIT_FAILED_RUNS)

@@ -42,10 +42,11 @@ def diagnose(
     from bench.judge.logs.diagnosis import diagnose as diagnosed
     from bench.record.logs.training_log import read_training_log
     from bench.show.diagnosis import diagnosis_document, diagnosis_text
+    from bench.show.terminal import say
 
     log = read_training_log(file)
     found = diagnosed(log, logging_steps, accumulation, finite_loss)
     if as_json:
         click.echo(json.dumps(diagnosis_document(found), indent=1, allow_nan=False))
     else:
-        click.echo(diagnosis_text(found))
+        say(diagnosis_text(found))

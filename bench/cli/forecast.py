@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -76,15 +77,14 @@ def forecast(
     from datetime import UTC, datetime
     from time import monotonic
 
-    from rich.console import Console
-
     from bench.record.forecast import save_forecast
     from bench.run.arrange import Asked
     from bench.run.forecast_plan import arrange_forecast, parse_subsets
     from bench.show.forecast import forecast_table
+    from bench.show.terminal import Terminal, say
 
     allow = flags.pop("allow")
-    console = Console(stderr=as_json, quiet=quiet or as_json)
+    console = Terminal(stderr=as_json, quiet=quiet or as_json)
 
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -97,6 +97,8 @@ def forecast(
     subsets = parse_subsets(pairs, plan.slices, verify=verify)
     # Before anything is measured: cards for a model whose shapes are not known are a bad request.
     without_measuring(plan, wanted)
+    for store in {sweep.store.folder: sweep.store for sweep in (plan.full, plan.sweep)}.values():
+        click.get_current_context().with_resource(store.open_for_writing())
     tell(plan.headline)
     measured = _measured(plan, console, tell)
     given = {"slices": slices, "cards": cards, "rounds": rounds, "warmup_rounds": warmup_rounds,
@@ -113,10 +115,10 @@ def forecast(
     path = save_forecast(plan.folder, found)
     _, files = written_report(list(plan.full.store.records()), plan.folder, allow)
     if as_json:
-        click.echo(found.model_dump_json(indent=1))
+        click.echo(json.dumps(json.loads(found.model_dump_json()), indent=1))
     else:
-        Console().print(forecast_table(found))
-        click.echo(f"forecast: {path}\nreport: {files.html}")
+        Terminal().print(forecast_table(found))
+        say(f"forecast: {path}\nreport: {files.html}")
     if any(backend.message or backend.failures for backend in found.backends):
         sys.exit(EXIT_FAILED_RUNS)
 
@@ -126,8 +128,6 @@ def _measured(plan: ForecastPlan, console: Console, tell: Callable[[str], None])
     from bench.run.forecast import Measuring
     from bench.show.progress import Display
 
-    for sweep in (plan.full, plan.sweep):
-        sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             return Measuring(plan, display, tell).all()

@@ -49,8 +49,6 @@ def margin(
     A bisection over powers of two, each probe an ordinary run of two steps (--steps) with its record. The
     exit code is 1 where a run did not complete.
     """
-    from rich.console import Console
-
     from bench.judge.finiteness import STATUSES
     from bench.judge.ladder import evidence
     from bench.judge.margin import find_margins, next_exponent
@@ -59,15 +57,16 @@ def margin(
     from bench.run.one_by_one import OneByOne
     from bench.show.margin import margin_table, margin_values
     from bench.show.progress import Display
+    from bench.show.terminal import Terminal, say
 
-    console = Console(stderr=as_json, quiet=quiet or as_json)
+    console = Terminal(stderr=as_json, quiet=quiet or as_json)
     plan = arrange_margin(Asked(**flags), dtypes=dtypes, module=module, max_bits=max_bits)
 
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    click.get_current_context().with_resource(plan.sweep.store.open_for_writing())
     tell(plan.headline)
-    plan.sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             runner = OneByOne(plan.sweep, display, evidence, tell)
@@ -81,7 +80,7 @@ def margin(
     if as_json:
         click.echo(json.dumps(margin_values(margins), indent=1))
     else:
-        Console().print(margin_table(margins))
-        click.echo(f"records: {store.folder}\nreport: {files.html}")
+        Terminal().print(margin_table(margins))
+        say(f"records: {store.folder}\nreport: {files.html}")
     if any(found.ended_by in STATUSES for found in margins):
         sys.exit(EXIT_FAILED_RUNS)

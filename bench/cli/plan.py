@@ -53,6 +53,7 @@ def plan(
     from bench.load.fit import assumptions, outlooks
     from bench.run.arrange import Asked, arrange
     from bench.show.footprint import plan_document, plan_table
+    from bench.show.terminal import Terminal, say
 
     for setting in settings:
         if setting.partition("=")[0].strip() == "device":
@@ -81,14 +82,12 @@ def plan(
         }
         click.echo(json.dumps(plan_document(found, assumed, shared), indent=1))
         return
-    from rich.console import Console
-
-    click.echo(
+    say(
         f"{first.model.name}, {depth} layers: {first.workload.micro_batch_size} x "
         f"{first.workload.sequence_length} tokens, LoRA rank {first.lora.rank}, checkpointing "
         f"{first.checkpointing.replace('_', ' ')}"
     )
-    Console().print(plan_table(found, assumed))
+    Terminal().print(plan_table(found, assumed))
 
 
 def _cards(named: tuple[str, ...]) -> list[Cards]:

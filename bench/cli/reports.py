@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.cli.allow import allow_option
-from bench.errors import UserError, unknown
+from bench.errors import UserError, one_line, unknown
 
 if TYPE_CHECKING:
     from bench.judge.comparison import Comparison
@@ -76,6 +76,7 @@ def report(
     Runs that are not alike stand in groups apart, the largest first; the report names what differs.
     """
     from bench.record.store import Store
+    from bench.show.terminal import say
 
     records = list(Store(folder).records())
     if not records:
@@ -89,7 +90,7 @@ def report(
         click.echo(json.dumps(_paths(files)))
     else:
         for path in [files.html] if files.html else files.written:
-            click.echo(f"report: {path}")
+            say(f"report: {path}")
     if open_page and files.html:
         click.launch(files.html.resolve().as_uri())
 
@@ -101,13 +102,14 @@ def runs(folder: Path, as_json: bool) -> None:
     """List the records in FOLDER."""
     from bench.record.store import Store
     from bench.show.progress import describe_end
+    from bench.show.terminal import say
 
     records = list(Store(folder).records())
     if as_json:
         print_records(records)
         return
     for record in records:
-        click.echo(f"{record.key}  {describe_end(record)}")
+        say(one_line(f"{record.key}  {describe_end(record)}"))
 
 
 def show(
@@ -122,17 +124,16 @@ def show(
 
     ``allow``: differences with which runs are compared all the same (``--allow``).
     """
-    from rich.console import Console
-
     from bench.show.tables import terminal_table
+    from bench.show.terminal import Terminal, say
 
     comparison, files = written_report(records, folder, allow)
     if as_json:
         print_records(records)
     else:
         if not quiet:
-            Console().print(terminal_table(comparison))
-        click.echo(f"report: {files.html}")
+            Terminal().print(terminal_table(comparison))
+        say(f"report: {files.html}")
 
 
 def written_report(

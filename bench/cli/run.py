@@ -14,10 +14,13 @@ import click
 from bench.cli.allow import allow_option, other_commits
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
 from bench.cli.reports import show
+from bench.errors import BadValue, UserError, unknown
 
 if TYPE_CHECKING:
     from bench.run.sweep import Sweep
 
+RETRIED = ("failed",)
+"""What ``--retry`` takes."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -81,31 +84,47 @@ def run_options(function: Function) -> Function:
 @click.command()
 @run_options
 @allow_option
+@click.option("--retry", metavar="failed", help="Repeat only recorded runs that did not complete.")
+@click.option("--no-skip", is_flag=True, help="Run also what cannot fit because a smaller run did not.")
 @click.option("--no-preflight", is_flag=True, help="Do not look at the cards before the first run.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and run nothing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors and the report's path.")
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
 def run(
-    allow: frozenset[str], no_preflight: bool, dry_run: bool, quiet: bool, as_json: bool, **flags: Any
+    allow: frozenset[str],
+    retry: str | None,
+    no_skip: bool,
+    no_preflight: bool,
+    dry_run: bool,
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
-    from rich.console import Console
-
-    from bench.record.store import read_record
     from bench.run.arrange import Asked, arrange
     from bench.run.preflight import Examiner
     from bench.run.sweep import run_sweep
     from bench.show.progress import Display
+    from bench.show.terminal import Terminal
 
-    console = Console(stderr=as_json, quiet=quiet or as_json)
+    console = Terminal(stderr=as_json, quiet=quiet or as_json)
+    _check_retry(retry, force=flags["force"])
     arranged = arrange(Asked(**flags))
-    sweep = replace(arranged.sweep, examiner=Examiner(skip=True)) if no_preflight else arranged.sweep
+    examiner = Examiner(skip=True) if no_preflight else arranged.sweep.examiner
+    sweep = replace(
+        arranged.sweep, examiner=examiner, retry_failed=retry is not None, skip_larger=not no_skip
+    )
+    if sweep.retry_failed and not any(sweep.store.path(request.key).exists() for request in sweep.requests):
+        raise UserError(
+            f"none of these runs is recorded in '{sweep.store.folder}'", "leave --retry out to run them"
+        )
+    if not dry_run:
+        click.get_current_context().with_resource(sweep.store.open_for_writing())
     for line in filter(None, (arranged.headline, other_commits(sweep, allow))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _print_plan(sweep, as_json=as_json)
         return
-    sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             for _ in run_sweep(sweep, display):
@@ -113,25 +132,54 @@ def run(
     except KeyboardInterrupt:
         click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    _conclude(sweep, allow, as_json=as_json, quiet=quiet)
+
+
+def _check_retry(retry: str | None, *, force: bool) -> None:
+    if retry not in (None, *RETRIED):
+        raise unknown("kind of runs in --retry", retry, RETRIED)
+    if retry and force:
+        raise BadValue(
+            "--retry and --force exclude each other",
+            "--retry failed repeats what did not complete, --force everything",
+        )
+
+
+def _conclude(sweep: Sweep, allow: frozenset[str], *, as_json: bool, quiet: bool) -> None:
+    """Report on what is recorded. Ends the program with 1 where a run did not complete or its record is
+    gone."""
+    from bench.record.store import read_record
+
     paths = [sweep.store.path(request.key) for request in sweep.requests]
-    records = [read_record(path) for path in paths]
+    records = [read_record(path) for path in paths if path.exists()]
     show(records, sweep.store.folder, allow, as_json=as_json, quiet=quiet)
-    if any(record.status != "completed" for record in records):
+    gone = 0 if sweep.retry_failed else len(paths) - len(records)
+    if gone:
+        click.echo(
+            f"qlora-bench: {gone} of {len(paths)} records were removed from '{sweep.store.folder}' "
+            "meanwhile; the same command makes them again",
+            err=True,
+        )
+    if gone or any(record.status != "completed" for record in records):
         sys.exit(EXIT_FAILED_RUNS)
 
 
 def _print_plan(sweep: Sweep, *, as_json: bool) -> None:
+    from bench.show.terminal import say
+
     waiting = {request.key for request in sweep.waiting()}
     if as_json:
         click.echo(json.dumps([request.model_dump(mode="json") for request in sweep.requests], indent=1))
         return
+    rule = sweep.skip_rule()
     for request in sweep.requests:
-        state = (
-            "recorded already"
-            if request.key not in waiting
-            else f"unavailable: {reason}"
-            if (reason := sweep.obstacle(request))
-            else "to run"
-        )
-        click.echo(f"{request.key}  seed {request.seed}  {state}")
-        click.echo(f"  {request.command}")
+        state = "to run"
+        if request.key not in waiting:
+            recorded = sweep.store.path(request.key).exists()
+            state = "recorded already" if recorded else "not recorded, so not repeated"
+        elif reason := sweep.obstacle(request):
+            state = f"unavailable: {reason}"
+        elif sweep.skip_larger and (reason := rule.reason(request)):
+            state = f"skipped: {reason}"
+        say(f"{request.key}  seed {request.seed}  {state}")
+        say(f"  {request.command}")

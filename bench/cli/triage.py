@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +40,6 @@ def triage(
     after another, confirms the smallest that heals on three seeds, and prints it as settings of transformers,
     LLaMA-Factory and axolotl. The exit code is 0 where a change heals or nothing fails, 1 where none does.
     """
-    from rich.console import Console
-
     from bench.judge.ladder import evidence
     from bench.record.triage import save_triage
     from bench.run.arrange import Asked
@@ -48,15 +47,16 @@ def triage(
     from bench.run.triage import arrange_triage
     from bench.show.ladder import ladder_text
     from bench.show.progress import Display
+    from bench.show.terminal import Terminal, say
 
-    console = Console(stderr=as_json, quiet=quiet or as_json)
+    console = Terminal(stderr=as_json, quiet=quiet or as_json)
 
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     plan = arrange_triage(Asked(**flags), only)
+    click.get_current_context().with_resource(plan.sweep.store.open_for_writing())
     tell(plan.headline)
-    plan.sweep.store.open_for_writing()
     try:
         with Display(console) as display:
             found = climbed_triage(plan, OneByOne(plan.sweep, display, evidence, tell))
@@ -67,13 +67,13 @@ def triage(
     path = save_triage(store.folder, found)
     _, files = written_report(list(store.records()), store.folder, allow)
     if as_json:
-        click.echo(found.model_dump_json(indent=1))
+        click.echo(json.dumps(json.loads(found.model_dump_json()), indent=1))
     else:
-        Console().print(ladder_text(found))
+        Terminal().print(ladder_text(found))
         for configuration in found.configurations:
             # Not through rich: these lines are copied, and must not be wrapped.
-            click.echo(f"\n---- {configuration.title} ----\n\n{configuration.text}", nl=False)
-        click.echo(f"\ntriage: {path}\nreport: {files.html}")
+            say(f"\n---- {configuration.title} ----\n\n{configuration.text}", newline=False)
+        say(f"\ntriage: {path}\nreport: {files.html}")
     if found.base.finite is not True and found.chosen is None:
         sys.exit(EXIT_FAILED_RUNS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,9 +31,13 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
 
     The page loads itself again from disk; nothing is served. At the end it is written once more, still.
     """
+    from bench.show.terminal import say
+
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file", "name the folder that a sweep writes to")
-    click.echo(f"watching {folder}; Ctrl-C ends it")
+    # Started by a script in the background, it would ignore the signal that ends it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    say(f"watching {folder}; Ctrl-C ends it")
     seen: Mapping[Path, int] | None = None
     try:
         while True:
@@ -42,10 +47,14 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
                 page = _written(folder, allow, refresh_seconds=every_seconds)
                 if page and first and open_page:
                     click.launch(page.resolve().as_uri())
-            time.sleep(every_seconds)
+            _pause(every_seconds)
     except KeyboardInterrupt:
         page = _written(folder, allow, refresh_seconds=None) if seen else None
-        click.echo(f"report: {page}" if page else "no records yet")
+        say(f"report: {page}" if page else "no records yet")
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _stamps(folder: Path) -> dict[Path, int]:
@@ -65,6 +74,7 @@ def _written(folder: Path, allow: frozenset[str], refresh_seconds: float | None)
     """Write the page and tell how it stands; a record that cannot be read is said and does not end it."""
     from bench.cli.reports import written_report
     from bench.record.store import Store
+    from bench.show.terminal import say
 
     try:
         records = list(Store(folder).records())
@@ -73,5 +83,5 @@ def _written(folder: Path, allow: frozenset[str], refresh_seconds: float | None)
         click.echo(f"{time.strftime('%H:%M:%S')}  {error}", err=True)
         return None
     done = sum(row.completed for row in comparison.rows)
-    click.echo(f"{time.strftime('%H:%M:%S')}  {done} of {len(comparison.rows)} runs completed  {files.html}")
+    say(f"{time.strftime('%H:%M:%S')}  {done} of {len(comparison.rows)} runs completed  {files.html}")
     return files.html

@@ -1,23 +1,21 @@
 """Who may stand beside whom: completed runs that agree in every condition that breaks a comparison.
 
 ``find_alike(rows, allow)`` splits runs into sets of alike ones, the largest first, and says of every other
-set in what it differs from that one. ``tell_apart(rows)`` gives runs of one backend names that tell them
-apart where what was observed differs, and not what was asked for.
+set in what it differs from that one. It reads each run once and looks up who may agree with whom, so that
+thousands of runs cost no more than their number.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from bench.judge.conditions import Check, checks_of, short
-from bench.judge.families import BY_NAME
-from bench.judge.labels import telling_apart
-from bench.judge.rows import Row, names_of
+from bench.judge.conditions import Check, checks_of, same_repeat
+from bench.judge.rows import Row
 
-Place = tuple[str, Hashable]
-"""A check's name, and the scope within which its values must agree."""
+Values = tuple[str, ...]
+"""Of several checks, in their order."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +40,49 @@ class Alike:
 
 
 @dataclass(frozen=True)
+class _Checks:
+    """The checks that break a comparison, by what their values must be the same for."""
+
+    fixed: Sequence[Check]
+    """All runs."""
+    drawn: Sequence[Check]
+    """The runs of a repeat."""
+    partial: Sequence[Check]
+    """Runs that have to do with it: of one dtype, or of one library."""
+
+    def pile(self, row: Row) -> _Pile:
+        """One run by itself."""
+        read = ((check, check.read_if_used(row)) for check in self.partial)
+        return _Pile(
+            [row],
+            tuple(check.read(row) for check in self.fixed),
+            {row.repeat: tuple(check.read(row) for check in self.drawn)},
+            {(check.name, check.scope(row)): text for check, text in read if text is not None},
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class _Pile:
     """Runs that agree so far, and what is known of them."""
 
     rows: list[Row]
-    fixed: tuple[str, ...]
-    """Values that every run has, whatever its repeat."""
-    facts: dict[Place, str]
-    """All others."""
+    fixed: Values
+    drawn: dict[int, Values]
+    """Repeat -> values."""
+    partial: dict[tuple[str, Hashable], str]
+    """Check and scope -> value."""
 
     def agrees(self, other: _Pile) -> bool:
         """Whether nothing known of both is different; of two with the same ``fixed``."""
-        return all(self.facts.get(place, value) == value for place, value in other.facts.items())
+        if any(self.drawn.get(repeat, values) != values for repeat, values in other.drawn.items()):
+            return False
+        return all(self.partial.get(place, value) == value for place, value in other.partial.items())
+
+    def take(self, other: _Pile) -> None:
+        """Have the runs of another that agrees."""
+        self.rows.extend(other.rows)
+        self.drawn.update(other.drawn)
+        self.partial.update(other.partial)
 
 
 def find_alike(rows: Sequence[Row], allow: Collection[str] = ()) -> list[Alike]:
@@ -62,51 +91,74 @@ def find_alike(rows: Sequence[Row], allow: Collection[str] = ()) -> list[Alike]:
     First the repeats of one label are piled up, then the piles of different labels that agree. Piles that
     share no repeat share no seed: nothing shows that they did the same work, so they stay apart.
     """
-    checks = [check for check in checks_of(rows) if check.family is not None and check.family not in allow]
-    fixed = [check for check in checks if check.of_every_repeat and not check.if_used]
-    loose = [check for check in checks if check not in fixed]
-    by_fixed: dict[tuple[str, ...], list[_Pile]] = {}
+    breaking = [check for check in checks_of(rows) if check.family is not None and check.family not in allow]
+    drawn = [check for check in breaking if check.scope is same_repeat]
+    fixed = [check for check in breaking if check.of_every_repeat and not check.if_used]
+    checks = _Checks(fixed, drawn, [check for check in breaking if check not in (*fixed, *drawn)])
+    by_fixed: dict[Values, dict[str, list[_Pile]]] = {}
     for row in rows:
-        pile = _pile(row, fixed, loose)
-        by_fixed.setdefault(pile.fixed, []).append(pile)
-    found = [pile for piles in by_fixed.values() for pile in _sets_of(piles)]
+        pile = checks.pile(row)
+        by_fixed.setdefault(pile.fixed, {}).setdefault(row.label, []).append(pile)
+    found = [pile for by_label in by_fixed.values() for pile in _sets_of(by_label.values())]
     order = {row: place for place, row in enumerate(rows)}
     for pile in found:
         pile.rows.sort(key=order.__getitem__)
     found.sort(key=lambda pile: (-len(pile.rows), order[pile.rows[0]]))
-    return [Alike(tuple(pile.rows), tuple(_differences(pile, found[0], fixed, loose))) for pile in found]
+    return [Alike(tuple(pile.rows), tuple(_differences(pile, found[0], checks))) for pile in found]
 
 
-def _pile(row: Row, fixed: Sequence[Check], loose: Sequence[Check]) -> _Pile:
-    read = ((check, check.read_if_used(row)) for check in loose)
-    facts = {(check.name, check.scope(row)): text for check, text in read if text is not None}
-    return _Pile([row], tuple(check.read(row) for check in fixed), facts)
-
-
-def _sets_of(piles: Sequence[_Pile]) -> list[_Pile]:
-    """Single runs with the same ``fixed``, put together as far as they agree."""
-    sets = _most_in_common_first(_gathered(piles, lambda row: row.label))
+def _sets_of(labels: Iterable[Sequence[_Pile]]) -> list[_Pile]:
+    """Single runs with the same ``fixed``, label by label, put together as far as they agree."""
+    sets = _most_in_common_first([pile for runs in labels for pile in _repeats_together(runs)])
     while True:
         # What links two sets may have come into one of them after the other had been looked at.
-        wider = _gathered(sets, lambda row: row.repeat)
+        wider = _sharing_a_repeat(sets)
         if len(wider) == len(sets):
             return wider
         sets = wider
 
 
-def _gathered(piles: Sequence[_Pile], link: Callable[[Row], Hashable]) -> list[_Pile]:
-    """Each pile joins the first that agrees with it and shares a ``link``."""
+def _repeats_together(runs: Sequence[_Pile]) -> list[_Pile]:
+    """The runs of one label: each joins the first pile that agrees with it."""
     homes: list[_Pile] = []
-    for pile in piles:
-        links = {link(row) for row in pile.rows}
-        for home in homes:
-            if home.agrees(pile) and any(link(row) in links for row in home.rows):
-                home.rows.extend(pile.rows)
-                home.facts.update(pile.facts)
-                break
+    by_work: dict[tuple[int, Values], list[_Pile]] = {}
+    having: Counter[int] = Counter()
+    for run in runs:
+        ((repeat, values),) = run.drawn.items()
+        # Where every pile has this repeat already, only those with the same values can agree.
+        known = by_work.setdefault((repeat, values), [])
+        home = _first_that_agrees(run, known if having[repeat] == len(homes) else homes)
+        if home is None:
+            homes.append(home := run)
         else:
-            homes.append(pile)
+            having[repeat] -= repeat in home.drawn
+            home.take(run)
+        having[repeat] += 1
+        if home not in known:
+            known.append(home)
     return homes
+
+
+def _sharing_a_repeat(piles: Sequence[_Pile]) -> list[_Pile]:
+    """Each pile joins the first that agrees with it and has a repeat in common with it."""
+    homes: list[_Pile] = []
+    by_work: dict[tuple[int, Values], list[_Pile]] = {}
+    for pile in piles:
+        candidates = [home for work in pile.drawn.items() for home in by_work.get(work, ())]
+        home = _first_that_agrees(pile, candidates)
+        if home is None:
+            homes.append(home := pile)
+        else:
+            home.take(pile)
+        for work in pile.drawn.items():
+            known = by_work.setdefault(work, [])
+            if home not in known:
+                known.append(home)
+    return homes
+
+
+def _first_that_agrees(pile: _Pile, homes: Iterable[_Pile]) -> _Pile | None:
+    return next((home for home in homes if home.agrees(pile)), None)
 
 
 def _most_in_common_first(piles: Sequence[_Pile]) -> list[_Pile]:
@@ -115,79 +167,38 @@ def _most_in_common_first(piles: Sequence[_Pile]) -> list[_Pile]:
     The reference has no library of its own: it must not be taken in by the one backend whose library is of
     another version than that of all others.
     """
-    shared: dict[Place, Counter[str]] = {}
+    shared: dict[Hashable, Counter[Hashable]] = {}
     for pile in piles:
-        for place, text in pile.facts.items():
-            shared.setdefault(place, Counter())[text] += len(pile.rows)
+        for place, value in _known(pile):
+            shared.setdefault(place, Counter())[value] += len(pile.rows)
     disputed = {place: runs for place, runs in shared.items() if len(runs) > 1}
     everyone = sum(len(pile.rows) for pile in piles)
 
     def rank(pile: _Pile) -> tuple[int, int]:
-        common = (disputed[place][text] for place, text in pile.facts.items() if place in disputed)
+        common = (disputed[place][value] for place, value in _known(pile) if place in disputed)
         return -min(common, default=everyone), -len(pile.rows)
 
     return sorted(piles, key=rank)
 
 
-def _differences(
-    pile: _Pile, largest: _Pile, fixed: Sequence[Check], loose: Sequence[Check]
-) -> Iterator[Difference]:
-    for check, here, there in zip(fixed, pile.fixed, largest.fixed, strict=True):
+def _known(pile: _Pile) -> Iterator[tuple[Hashable, Hashable]]:
+    yield from pile.drawn.items()
+    yield from pile.partial.items()
+
+
+def _differences(pile: _Pile, largest: _Pile, checks: _Checks) -> Iterator[Difference]:
+    """One for each check, as the checks are ordered."""
+    pairs = [zip(checks.fixed, pile.fixed, largest.fixed, strict=True)]
+    for repeat, values in pile.drawn.items():
+        if largest.drawn.get(repeat, values) != values:
+            pairs.append(zip(checks.drawn, values, largest.drawn[repeat], strict=True))
+            break
+    for check, here, there in (one for pair in pairs for one in pair):
         if here != there:
             yield Difference(check.name, check.family or "", here, there)
-    said = set()
-    families = {check.name: check.family or "" for check in loose}
-    for (name, scope), here in pile.facts.items():
-        there = largest.facts.get((name, scope), here)
-        if there != here and name not in said:
-            said.add(name)
-            yield Difference(name, families[name], here, there)
-
-
-# ---- names ---------------------------------------------------------------------------------------
-
-
-def tell_apart(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """``rows`` under names that tell apart runs of one label that differ in what was observed.
-
-    Two cards, two attention kernels: each is a line of its own wherever the runs are shown, so that nothing
-    is averaged over both. Another commit or library is no reason while every repeat is there once: that is
-    a sweep that was gone on with later.
-    """
-    by_label: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.completed:
-            by_label.setdefault(row.label, []).append(row)
-    checks = [check for check in checks_of(rows) if check.family and check.of_every_repeat]
-    labels = {row: row.label for row in rows}
-    for own in by_label.values():
-        if len(own) > 1:
-            labels |= _told_apart(own, checks)
-    names = names_of([labels[row] for row in rows], [row.repeat for row in rows])
-    return tuple(
-        row if labels[row] == row.label else replace(row, label=labels[row], name=name)
-        for row, name in zip(rows, names, strict=True)
-    )
-
-
-def _told_apart(rows: Sequence[Row], checks: Sequence[Check]) -> dict[Row, str]:
-    """Row -> its label, with as few of its conditions as tell it apart."""
-    twice = len({row.repeat for row in rows}) < len(rows)
-    telling = [check for check in checks if twice or not BY_NAME[check.family or ""].repeatable]
-    seen = [
-        {check.name: short(text) for check in telling if (text := check.read_if_used(row)) is not None}
-        for row in rows
-    ]
-    names = telling_apart(seen)
-    return {
-        row: _with(row.label, [f"{name}={own[name]}" for name in names if name in own])
-        for row, own in zip(rows, seen, strict=True)
-    }
-
-
-def _with(label: str, settings: Sequence[str]) -> str:
-    if not settings:
-        return label
-    head, bracket, rest = label.partition(" (")
-    inside = [rest.removesuffix(")"), *settings] if bracket else settings
-    return f"{head} ({', '.join(inside)})"
+    for check in checks.partial:
+        for (name, scope), here in pile.partial.items():
+            there = largest.partial.get((name, scope), here)
+            if name == check.name and here != there:
+                yield Difference(name, check.family or "", here, there)
+                break

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from bench.judge.alike import tell_apart
 from bench.judge.conditions import Condition, find_conditions
 from bench.judge.doubts import caveat, warnings
 from bench.judge.groups import Group, find_groups
+from bench.judge.names import tell_apart
 from bench.judge.ranking import check_baseline
 from bench.judge.rows import Row, make_rows
 from bench.record.schema import Record

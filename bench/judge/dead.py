@@ -85,8 +85,15 @@ def unreached(record: Record) -> tuple[str, ...]:
 
 def _dead(names: Sequence[str], probed: Sequence[Step]) -> Iterator[str]:
     place_of = {name: place for place, name in enumerate(names)}
-    for name, place in place_of.items():
-        deciding = [step for step in probed if not step.warmup]
+    measured = [step for step in probed if not step.warmup]
+    # Whatever other steps decide over a tensor, the last one does; nearly all have a gradient there.
+    last = max(measured, key=lambda step: step.index)
+    norms = last.probe.tensor_norms if last.probe else ()
+    still = {place for place, norm in enumerate(norms) if norm == 0 and _is_zero(last, place)}
+    for name, place in place_of.items() if still else ():
+        if place not in still:
+            continue
+        deciding = measured
         if name.endswith(A):
             partner = place_of.get(name.removesuffix(A) + B)
             moved = None if partner is None else _first_moved(partner, probed)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bench.judge.conditions import Condition
 from bench.judge.groups import Group
+from bench.judge.growth import find_leak
 from bench.judge.rows import Row
 from bench.judge.session_doubts import modes_of, of_a_run, of_the_session
 from bench.judge.unlike import split_in_words
@@ -62,6 +63,7 @@ def warnings(
         *_few_steps(completed),
         *of_the_session(groups, completed),
         *(f"{row.name}: {text}" for row in completed for text in _of_a_run(row)),
+        *(f"{row.name}: {leak.sentence}" for row in rows if (leak := find_leak(row.record))),
         *(f"{row.name}: {breach}" for row in rows for breach in row.record.proof.breaches),
         *(f"{row.label}: {note}" for row in rows if row.record.quantization
           for note in row.record.quantization.notes),

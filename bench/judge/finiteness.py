@@ -20,8 +20,9 @@ from bench.judge.scaler import (
 )
 from bench.record.schema import Record, Status
 
-STATUSES: frozenset[str] = frozenset(get_args(Status)) - {"completed"}
-"""Names of a `Finiteness` that say that the run did not complete."""
+STATUSES: frozenset[str] = frozenset(get_args(Status)) - {"completed", "skipped"}
+"""Names of a `Finiteness` that say that the run did not complete. "skipped" is the scaler's word here: none
+of the runs that are judged so is ever passed over."""
 
 
 @dataclass(frozen=True)

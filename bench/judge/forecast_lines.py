@@ -19,7 +19,8 @@ from bench.judge.rows import TRAINING_PHASES, largest
 from bench.judge.straight_line import Number, Round, medians, resampled, spread, step_line, through
 from bench.record.depths import Repeat
 from bench.record.forecast import Group, Line
-from bench.record.schema import MemoryReading, Record
+from bench.record.memory import MemoryReading
+from bench.record.schema import Record
 
 PHASES = ("loaded", "attached", *TRAINING_PHASES)
 HIGHEST = "highest"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from bench.record.schema import Record
@@ -24,7 +25,7 @@ LARGEST: Mapping[str, float] = {
 """Dtype -> its largest finite number: (2 - 2**-10) * 2**15, (2 - 2**-7) * 2**127, (2 - 2**-23) * 2**127."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One layer in one step and one direction."""
 
@@ -60,16 +61,38 @@ class Headroom:
     """The compute dtype whose range is meant."""
     steps: tuple[int, ...]
     """Indices of the steps that were probed."""
-    forward: tuple[tuple[Cell, ...], ...]
-    """Of activations: a row for each of ``steps``, a cell for each decoder layer."""
-    backward: tuple[tuple[Cell, ...], ...]
+    forward_abs_max: tuple[Sequence[float | None], ...]
+    """Of activations, as the probe read them: a row for each of ``steps``, a value for each decoder layer."""
+    backward_abs_max: tuple[Sequence[float | None], ...]
     """Of the gradients at the layers' outputs, the loss scale included."""
 
-    @property
+    # Made when they are drawn: of thousands of runs a page draws a few.
+    @cached_property
+    def forward(self) -> tuple[tuple[Cell, ...], ...]:
+        """The cells of activations: a row for each of ``steps``, a cell for each decoder layer."""
+        return tuple(_cells(maxima, self.dtype) for maxima in self.forward_abs_max)
+
+    @cached_property
+    def backward(self) -> tuple[tuple[Cell, ...], ...]:
+        """The cells of gradients."""
+        return tuple(_cells(maxima, self.dtype) for maxima in self.backward_abs_max)
+
+    @cached_property
     def lowest(self) -> Place | None:
         """The finite cell with the fewest bits, the first of several; None: no cell has any."""
-        known = [place for place in self.places() if place.cell.bits is not None]
-        return min(known, key=lambda place: place.cell.bits or 0.0, default=None)
+        rows = [row for pair in zip(self.forward_abs_max, self.backward_abs_max, strict=True) for row in pair]
+        # The fewest bits are where the largest value is, so that only its cell need be made.
+        largest = [
+            max((value for value in row if value is not None and 0 < value < math.inf), default=0.0)
+            for row in rows
+        ]
+        top = max(largest, default=0.0)
+        if top == 0:
+            return None
+        place = largest.index(top)
+        step, backward = divmod(place, 2)
+        cell = Cell(headroom_bits(top, self.dtype), top)
+        return Place("backward" if backward else "forward", rows[place].index(top), self.steps[step], cell)
 
     @property
     def non_finite(self) -> tuple[Place, ...]:
@@ -79,7 +102,7 @@ class Headroom:
     @property
     def layers(self) -> int:
         """How many decoder layers were probed."""
-        return max((len(row) for row in (*self.forward, *self.backward)), default=0)
+        return max((len(row) for row in (*self.forward_abs_max, *self.backward_abs_max)), default=0)
 
     def places(self) -> Iterator[Place]:
         """Every cell with its place: step by step, forward before backward, by layer."""
@@ -99,8 +122,8 @@ def find_headroom(record: Record) -> Headroom | None:
     return Headroom(
         dtype,
         tuple(index for index, _ in probed),
-        tuple(_cells(probe.activation_abs_max, dtype) for _, probe in probed),
-        tuple(_cells(probe.gradient_abs_max, dtype) for _, probe in probed),
+        tuple(probe.activation_abs_max for _, probe in probed),
+        tuple(probe.gradient_abs_max for _, probe in probed),
     )
 
 

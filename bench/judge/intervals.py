@@ -13,6 +13,10 @@ the geometric mean. The interval is the hull of two that fail in different ways:
   cannot leave their range, and the range of n values holds their median with probability 1 - 2^(1-n)
   only, which is 75 % for 3 and 94 % for 5.
 
+Simulated runs (tests/test_intervals.py): noise that is normal, or skewed alike on both sides, is covered as
+often as `LEVEL` says, from three pairs on. Where one side alone is held up now and then (exponential noise
+against hardly any), the interval holds the truth in about 90 % of cases and not in 95 %.
+
 scipy is imported where it is used: asking for help must not wait for it.
 """
 

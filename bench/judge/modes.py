@@ -119,7 +119,7 @@ def _convex(places: Sequence[float], heights: Sequence[float]) -> tuple[list[flo
     """The highest convex curve that is nowhere above the points, at each of them; and its corners."""
     corners: list[int] = []
     for i in range(len(places)):
-        while len(corners) > 1 and _above(places, heights, *corners[-2:], i):
+        while len(corners) > 1 and _above(places, heights, corners[-2], corners[-1], i):
             corners.pop()
         corners.append(i)
     curve = [heights[0]]

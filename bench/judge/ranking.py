@@ -107,7 +107,7 @@ def _half(interval: Interval) -> float:
 
 def choose_baseline(labels: Sequence[str], wanted: str | None, default: str) -> str:
     """The label that a group is compared with: the wanted one, else ``default``'s first, else the first."""
-    if wanted in labels:
+    if wanted is not None and wanted in labels:
         return wanted
     return next((label for label in labels if label.partition(" (")[0] == default), labels[0])
 

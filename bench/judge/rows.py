@@ -16,7 +16,8 @@ from bench.judge.headroom import Headroom, find_headroom
 from bench.judge.labels import labels_of
 from bench.judge.scaler import is_finite_step
 from bench.judge.stability import Verdict, judge_stability, measured_steps
-from bench.record.schema import BytesByKind, MemoryReading, Record, Step
+from bench.record.memory import BytesByKind, MemoryReading
+from bench.record.schema import Record, Step
 
 TRAINING_PHASES = ("forward", "backward", "optimizer_step")
 
@@ -97,7 +98,7 @@ def make_rows(records: Sequence[Record]) -> tuple[Row, ...]:
     """A row for each record, in the same order."""
     labels = labels_of(records)
     names = names_of(labels, [record.request.repeat for record in records])
-    return tuple(_row(*parts) for parts in zip(records, labels, names, strict=True))
+    return tuple(make_row(*parts) for parts in zip(records, labels, names, strict=True))
 
 
 def names_of(labels: Sequence[str], repeats: Sequence[int]) -> list[str]:
@@ -112,7 +113,8 @@ def names_of(labels: Sequence[str], repeats: Sequence[int]) -> list[str]:
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def _row(record: Record, label: str, name: str) -> Row:
+def make_row(record: Record, label: str, name: str) -> Row:
+    """The figures of one record, under names that were given to it among the others."""
     measured = measured_steps(record)
     seconds = [step.seconds for step in measured]
     norms = [step.gradient_norm for step in measured]

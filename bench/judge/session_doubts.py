@@ -7,6 +7,7 @@ drifted, was busy with something else or throttled its cards, steps of two kinds
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 
 from bench.judge.groups import Group
 from bench.judge.intervals import NOISE_MARGIN, Ratio, differs, paired_ratio
@@ -32,6 +33,7 @@ def of_the_session(groups: Sequence[Group], completed: Sequence[Row]) -> Iterato
         drift = find_drift(group)
         if drift is not None:
             yield _drift_in_words(drift)
+        yield from _of_the_order(group)
     yield from _of_others(completed)
     yield from _of_the_cards(completed)
 
@@ -71,6 +73,32 @@ def _drift_in_words(drift: Ratio) -> str:
         f"{high:.2g} %). Ratios are taken within a repeat and stand; medians are of a machine that was not "
         "the same throughout. Let it settle (heat, other programs) and run again with --force."
     )
+
+
+def _of_the_order(group: Group) -> Iterator[str]:
+    """Backends whose repeats did not take turns with the baseline's: the pairs share a seed and no more."""
+    spans = {summary.label: _span(summary.rows) for summary in group.summaries}
+    base = spans[group.baseline]
+    if base is None:
+        return
+    apart = [label for label, span in spans.items() if span and (span[0] > base[1] or span[1] < base[0])]
+    if apart:
+        yield (
+            f"{', '.join(apart)}: all repeats ran before or after all those of {group.baseline}, not in "
+            "turns with them, so whatever changed on the machine in between is in the ratio. Run them again "
+            "with one command and --force."
+        )
+
+
+def _span(rows: Sequence[Row]) -> tuple[datetime, datetime] | None:
+    """When the first and the last run of several began; None where there is one, or a time that is none."""
+    if len(rows) < 2:
+        return None
+    try:
+        times = [datetime.fromisoformat(row.record.started_at) for row in rows]
+        return min(times), max(times)
+    except (ValueError, TypeError):  # TypeError: one with a time zone and one without
+        return None
 
 
 def _of_others(completed: Sequence[Row]) -> Iterator[str]:

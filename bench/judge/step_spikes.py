@@ -73,7 +73,7 @@ def norm_spike(steps: Sequence[Step]) -> NormSpike | None:
     ratios: dict[int, float] = {}
     in_line: list[Step] = []
     for place, step in enumerate(finite):
-        before = statistics.fmean(other.gradient_norm for other in in_line) if in_line else 0.0
+        before = _mean([other.gradient_norm for other in in_line]) if in_line else 0.0
         if before > 0:
             ratios[place] = step.gradient_norm / before
         # A zero is no history to be measured by: it would make any norm after it a spike.
@@ -113,7 +113,7 @@ def loss_rise(steps: Sequence[Step]) -> LossRise | None:
             continue
         start = in_line[:START_STEPS]
         if start:
-            began = statistics.fmean(mean_loss(other) or 0.0 for other in start)
+            began = _mean([mean_loss(other) or 0.0 for other in start])
             rise = LossRise(step.index, loss, began, _allowed(began, step, start))
             found.append(rise)
             if rise.exceeds:
@@ -126,7 +126,15 @@ def mean_loss(step: Step) -> float | None:
     """Mean over the micro-batches; None where there is none or one of them is not finite."""
     if not step.losses or not all(math.isfinite(loss) for loss in step.losses):
         return None
-    return statistics.fmean(step.losses)
+    return _mean(step.losses)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean; of values so large that their sum leaves the range of floats, the sum of their shares."""
+    try:
+        return statistics.fmean(values)
+    except OverflowError:
+        return sum(value / len(values) for value in values)
 
 
 def _allowed(began: float, step: Step, start: Sequence[Step]) -> float:

@@ -141,7 +141,7 @@ def _foreign() -> list[tuple[str, type[Backend]]]:
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             backend = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"backend entry point '{point.name}' ({point.value}) does not import: {error}",
                 "fix or uninstall its distribution",

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from bench.probe.machine import commit_and_dirty, cuda_device, processor_name, usable_cores
-from bench.record.schema import Device, Environment
+from bench.record.environment import Device, Environment
 
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
 

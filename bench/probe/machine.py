@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.record.schema import Device
+from bench.record.environment import Device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LEADING_NUMBER = re.compile(r"\+?\d+")

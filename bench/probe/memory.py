@@ -20,7 +20,7 @@ from bench.load.heap import trim_heap
 from bench.load.layout import Layout, Place
 from bench.load.model import BuiltModel
 from bench.load.proof import StorageCount, held
-from bench.record.schema import BytesByKind, MemoryReading, Phase
+from bench.record.memory import BytesByKind, MemoryReading, Phase
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -95,7 +95,7 @@ class Witness:
 
         def both(event: Mapping[str, Any]) -> None:
             # An event of a shape we do not know, or a process that is gone, is nobody's trouble here.
-            with contextlib.suppress(KeyError, TypeError, psutil.Error, OSError):
+            with contextlib.suppress(KeyError, TypeError, ValueError, psutil.Error, OSError):
                 self._hear(event)
             listener(event)
 

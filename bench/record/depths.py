@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from bench.ask.plan import RunRequest
 from bench.record.recorded import Recorded, Seconds
 from bench.record.schema import Record, Status
-from bench.record.store import REPEATED_STATUSES, read_document, write_atomically
+from bench.record.store import REPEATED_STATUSES, read_document
+from bench.record.writing import write_atomically
 
 DEPTHS_VERSION: Final = 1
 SUFFIX = ".depths.json"

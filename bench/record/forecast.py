@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from bench.record.recorded import Bytes, Recorded, Seconds
-from bench.record.store import read_document, write_atomically
+from bench.record.store import read_document
+from bench.record.writing import write_atomically
 
 FORECAST_VERSION: Final = 1
 FILE_NAME = "forecast.json"

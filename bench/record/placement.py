@@ -27,6 +27,7 @@ class PlacementFacts(Recorded):
 
     kind: Placement
     places: tuple[PlaceFacts, ...]
+    """One for each device, or process, in order."""
     launcher: str | None = None
     """What started the processes, where there are several."""
     communication: str | None = None

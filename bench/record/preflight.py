@@ -32,6 +32,7 @@ class CardState(Recorded):
     temperature_celsius: int | None = None
     power_watts: float | None = None
     sm_clock_mhz: int | None = None
+    """Of the multiprocessors."""
     memory_clock_mhz: int | None = None
     pcie_generation: int | None = None
     """Lower than the card can while it idles: that saves power."""
@@ -47,18 +48,24 @@ class Mismatch(Recorded):
     offset_bytes: int
     """Within the copy."""
     copy_bytes: Bytes
+    """Size of that copy."""
     pattern: str
+    """What was copied."""
     way: Literal["copy engine", "kernel"]
+    """What copied it."""
     under_load: bool
+    """Whether the cards were busy."""
     expected: int
     """The byte, 0 to 255."""
     found: int
+    """The byte that arrived, 0 to 255."""
 
 
 class CopyCheck(Recorded):
     """Copies from one end to the other, each compared bit by bit with what it should be."""
 
     largest_copy_bytes: Bytes
+    """Of one copy."""
     checked_bytes: Bytes
     """Compared in all."""
     rounds: int
@@ -66,11 +73,13 @@ class CopyCheck(Recorded):
     rounds_under_load: int
     """Copies compared while they multiplied matrices and copied the other way."""
     mismatching_bytes: Bytes
+    """That arrived changed."""
     mismatching_bytes_under_load: Bytes
     """Of those above."""
     staged_mismatching_bytes: Bytes = 0
     """Bytes that were changed on their way from the card to the host already."""
     first_mismatch: Mismatch | None = None
+    """Null: none arrived changed."""
     seconds: Seconds
     gigabytes_per_second: float | None = None
     """Of the largest copies without load, as measured; 1 GB is 10**9 bytes."""
@@ -121,7 +130,9 @@ class PairFindings(Recorded):
     """One ordered pair of cards."""
 
     source: str
+    """As torch names it: cuda:0."""
     target: str
+    """Another one."""
     peer_access: bool | None = None
     """Whether the driver says that the cards reach each other's memory."""
     nvlinks: int | None = None
@@ -140,7 +151,9 @@ class Preflight(Recorded):
     started_at: str
     """UTC, ISO 8601."""
     seconds: Seconds
+    """Of the whole look."""
     driver: str | None = None
+    """Its version."""
     visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES."""
     cards: tuple[CardFindings, ...] = ()

@@ -13,4 +13,6 @@ Seconds = Annotated[float, Field(ge=0)]
 class Recorded(BaseModel):
     """Base of all recorded values: immutable, complete, non-finite numbers as strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True
+    )

@@ -8,6 +8,7 @@ Schema history
     1   first version; fields added since have a null or empty default, which older records get:
         the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
         the placement over several devices and ranks, the cache of quantized models, the preflight,
+        the proof that the data which was told is the data that was trained on,
         the surroundings of the measured steps, the allocator's retries
 """
 
@@ -17,6 +18,8 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 from bench.ask.plan import RunRequest
+from bench.record.environment import Environment
+from bench.record.memory import Memory
 from bench.record.placement import PlacementFacts
 from bench.record.preflight import Preflight
 from bench.record.recorded import Bytes, Recorded, Seconds
@@ -25,48 +28,11 @@ from bench.record.surroundings import Surroundings
 
 SCHEMA_VERSION: Final = 1
 
-Status = Literal["completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted"]
+Status = Literal[
+    "completed", "out_of_memory", "timeout", "crashed", "error", "unavailable", "interrupted", "skipped"
+]
+"""``skipped``: not run, because a run that needs no more had run out of memory (``bench.run.skipping``)."""
 Stage = Literal["launch", "prepare", "load", "attach", "train", "save"]
-Phase = Literal["loaded", "attached", "forward", "backward", "optimizer_step"]
-
-
-class Device(Recorded):
-    """One device of the run. On a CPU run: the processor and the machine's memory."""
-
-    device: str
-    name: str
-    total_memory_bytes: Bytes | None
-    compute_capability: str | None = None
-    driver: str | None = None
-    power_limit_watts: float | None = None
-
-
-class Environment(Recorded):
-    """Where the run happened."""
-
-    platform: str
-    python: str
-    cpu: str
-    cpu_cores: int
-    cpu_threads: int
-    """Threads torch used, in each process."""
-    total_memory_bytes: Bytes
-    cuda: str | None
-    devices: tuple[Device, ...]
-    versions: Mapping[str, str | None]
-    """Every library in play; null: not installed."""
-    quantization_libraries_imported: tuple[str, ...]
-    """Quantization libraries in the worker's memory when the training began."""
-    allocator_settings: str | None
-    """PYTORCH_ALLOC_CONF as torch saw it."""
-    changed_variables: Mapping[str, str | None]
-    """Environment variables that a library changed while it was imported, with the value it wanted
-    (null: removed).    The harness puts the allocator's settings back."""
-    commit: str | None
-    """Commit of the harness, null outside a checkout."""
-    dirty: bool | None
-
-
 class Quantization(Recorded):
     """What the backend really did, seen on the loaded model."""
 
@@ -77,7 +43,9 @@ class Quantization(Recorded):
     weights: int
     """Weights in them."""
     requested_dtype: str
+    """Compute dtype that was asked for."""
     effective_dtype: str
+    """Compute dtype that the layers really use."""
     storage_bits_per_weight: float
     """Counted from the tensors that the layers hold; biases excluded."""
     expected_bits_per_weight: float
@@ -94,6 +62,7 @@ class Load(Recorded):
     """The way from nothing to a model ready to train."""
 
     import_seconds: Seconds
+    """Importing torch, transformers and the backend's libraries."""
     prepare_seconds: Seconds | None = None
     """Making a pre-quantized checkpoint, where one was made for this run; not part of the load."""
     load_seconds: Seconds
@@ -110,6 +79,7 @@ class Load(Recorded):
     cache_bytes: Bytes | None = None
     """Of the quantized layers as they are in the cache."""
     attach_seconds: Seconds | None = None
+    """Putting the adapters on."""
     host_peak_bytes: Bytes | None
     """Peak resident memory of the process up to the end of the load, filling the cache included."""
     weights_digest: str
@@ -121,86 +91,51 @@ class LoraFacts(Recorded):
     """The adapters as attached."""
 
     parameters: int
+    """Trainable values in all."""
     tensors: int
+    """How many they are."""
     names: tuple[str, ...] = ()
     """Of every tensor, in the order in which the steps' probes tell of them."""
     dtype: str
+    """Of the adapters' weights."""
     initial_digest: str
     """SHA-256 over names and float32 values of all initial LoRA tensors."""
     shapes_digest: str
+    """SHA-256 over names and shapes of all LoRA tensors."""
 
 
 class WorkloadFacts(Recorded):
     """The work as consumed."""
 
     source: str
+    """Where the text came from."""
     tokenizer: str
+    """What made token ids of it."""
     examples: int
+    """Conversations that were read."""
     digest: str | None
     """SHA-256 over the ids, labels and masks in the order in which the loop consumed them; of several
     processes, in the order of the stream that they share."""
     tokens: int
     """Non-padding tokens consumed."""
     loss_tokens: int
-    batches_without_targets: int
+    """Those that the loss is taken of: the answers."""
+    batches_without_targets: int | None = None
     """Micro-batches that held no answer token: passed over, or trained on with ``workload.without_targets``
-    "train"."""
+    "train". Null in records made before they were counted."""
     attention: str
+    """Of the model, by the name under which it is asked for."""
     autocast_dtype: str | None
-
-
-class MemoryReading(Recorded):
-    """Memory of one device at the end of one phase. CUDA has allocator figures, CPU has resident ones."""
-
-    phase: Phase
-    device: str
-    rank: int | None = None
-    """Of the process, where a run has several."""
-    allocated_bytes: Bytes | None = None
-    peak_allocated_bytes: Bytes | None = None
-    reserved_bytes: Bytes | None = None
-    peak_reserved_bytes: Bytes | None = None
-    nvml_used_bytes: Bytes | None = None
-    resident_bytes: Bytes | None = None
-    peak_resident_bytes: Bytes | None = None
-    """Peak within the phase where the system can reset it, else up to here."""
-
-
-class BytesByKind(Recorded):
-    """Exact tensor bytes of one device, counted on the tensors themselves."""
-
-    device: str
-    rank: int | None = None
-    """Of the process, where a run has several."""
-    quantized_weights: Bytes
-    quantization_metadata: Bytes
-    unquantized_weights: Bytes
-    lora: Bytes
-    gradients: Bytes | None = None
-    optimizer_state: Bytes | None = None
-
-
-class Memory(Recorded):
-    """Where the memory went."""
-
-    readings: tuple[MemoryReading, ...] = ()
-    bytes_by_kind: tuple[BytesByKind, ...] = ()
-    phase_step: int | None = None
-    """The step whose forward, backward and optimizer phases were read (a warm-up step)."""
-    process_peak_resident_bytes: Bytes | None = None
-    """Highest resident memory of the worker over its whole life; of several, of the one with the most."""
-    allocator_retries: int | None = None
-    """CUDA: how often the allocator gave its unused blocks back and asked again, during the measured steps,
-    on all devices. Null on a CPU, and in records made before it was counted."""
-    allocator_ooms: int | None = None
-    """CUDA: how often it was out of memory in spite of that."""
+    """Null: the training ran without autocast."""
 
 
 class Step(Recorded):
     """One optimizer step."""
 
     index: int
+    """From 0."""
     warmup: bool
+    """Whether the timing statistics leave the step out."""
     losses: tuple[float, ...]
     """Mean loss per loss token of each micro-batch, raw; those of all processes, in the stream's order."""
     gradient_norm: float
@@ -212,12 +147,15 @@ class Step(Recorded):
     tokens: int
     """Non-padding tokens of all processes."""
     loss_tokens: int
+    """Tokens that the loss is a mean over."""
     applied: bool
     """False where the float16 scaler skipped the update."""
     loss_scale: float | None = None
+    """Of the float16 scaler in this step; null: there was none."""
     peak_reserved_bytes: Bytes | None = None
     """CUDA: highest over the devices, since the step began."""
     resident_bytes: Bytes | None = None
+    """Of the process when the step ended."""
     probe: StepProbe | None = None
     """Null in records made before there was one."""
 
@@ -235,9 +173,13 @@ class Proof(Recorded):
     ranks_agree: bool | None = None
     """Of several processes: digests, gradient norms, skipped updates and trained adapters are the same."""
     base_frozen: bool | None = None
+    """Whether no parameter but the adapters' can be trained."""
     gradients_reach_adapters: bool | None = None
     """After the first backward every adapter tensor has a gradient, and no B's is zero everywhere (A's is
     zero while B is)."""
+    data_consumed: bool | None = None
+    """In every step the model's embedding received the token ids whose digest is recorded, and the loop used
+    the labels and masks that belong to them. Null in records made before this was proven."""
     first_gradients_finite: bool | None = None
     """Whether those gradients are finite. Not a breach where they are not: it is the run's result."""
     weights_finite: bool | None = None
@@ -245,26 +187,34 @@ class Proof(Recorded):
     non_finite_weights: tuple[str, ...] = ()
     """Those that were not: module, tensor and number of values, one sentence each."""
     breaches: tuple[str, ...] = ()
+    """What did not hold, a sentence each."""
 
 
 class Record(Recorded):
     """One run."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
+    """Of the record's format."""
     key: str
+    """Name of the run and of its file: readable, and unique for what the result depends on."""
     command: str
+    """The command line that repeats this run."""
     request: RunRequest
+    """What was asked for."""
     status: Status
+    """How the run ended."""
     stage: Stage | None
-    """Where a run that is not completed ended."""
+    """Where a run that is not completed ended; null for one that was skipped."""
     message: str | None
     """Why, in one line."""
     stderr_tail: str | None = None
+    """The last that the worker wrote to its standard error; null where the run completed."""
     exit_code: int | None = None
     """Negative: the number of the signal that ended the worker."""
     started_at: str
     """UTC, ISO 8601."""
     wall_seconds: Seconds
+    """Of the whole run, the start of its process included."""
     preflight: Preflight | None = None
     """What was found about the cards before the command's first run; null where it was not on CUDA, and in
     records made before there was one."""

@@ -50,7 +50,9 @@ class FirstFailure(Recorded):
     """Where something that is not finite was seen first in a run, and the evidence."""
 
     kind: FailureKind
+    """What kind of value it was, and where it came from."""
     step: int
+    """Index of the optimizer step, from 0."""
     micro_batch: int | None
     """Null in the optimizer phase, which has none."""
     phase: FailurePhase
@@ -59,6 +61,7 @@ class FirstFailure(Recorded):
     tensor: str
     """Which of its tensors: "output", "input", "gradient of the output", a weight or a LoRA tensor."""
     device: str
+    """On which it was seen."""
     rank: int | None = None
     """Of the process that saw it in its own values, where a run has several; micro-batches are then counted
     as in `Step.losses`."""
@@ -73,6 +76,7 @@ class FirstFailure(Recorded):
     loss: float | None
     """Raw loss of the micro-batch."""
     loss_scale: float | None = None
+    """Of the float16 scaler in this step; null: there was none."""
     skipped_by_scaler: bool = False
     """The float16 scaler passed the update over, so the trained weights were spared."""
     evidence: str
@@ -90,15 +94,19 @@ class Remedy(Recorded):
     """The failing micro-batch once more with one thing changed."""
 
     change: Literal["float32_adapters", "attention", "bfloat16", "float32"]
+    """What was changed."""
     detail: str
     """What exactly was changed to what."""
     heals: bool | None
     """Whether loss and gradients are finite now. Null: it could not be tried, see ``error``."""
     loss: float | None = None
+    """Of the micro-batch with it."""
     gradient_norm: float | None = None
+    """Global L2 norm over the gradients of the micro-batch, unscaled."""
     abs_max_there: float | None = None
     """The largest absolute value at the place of the failure under this change."""
     error: str | None = None
+    """Why it could not be tried."""
 
 
 class Replay(Recorded):
@@ -108,15 +116,19 @@ class Replay(Recorded):
     """Whether the same kind of value appeared again."""
     phase: FailurePhase | None = None
     module: str | None = None
+    """Full path of the module."""
     operation: str | None = None
     """The operation whose inputs were finite and whose output was not, as torch names it."""
     description: str | None = None
     """The same in words."""
     value: float | None = None
+    """What appeared: NaN or an infinity."""
     input_abs_max: float | None = None
     """Largest absolute value among the operation's inputs."""
     remedies: tuple[Remedy, ...] = ()
+    """In the order in which they were tried."""
     error: str | None = None
+    """Why the replay did not come to its end."""
 
 
 class LayerFidelity(Recorded):
@@ -134,10 +146,13 @@ class WeightError(Recorded):
     """How far the weights of one kind of projection are from the dense ones, over all layers."""
 
     projection: str
+    """The last part of the layers' names."""
     relative_error: float
     """Frobenius norm of the difference over that of the dense weights (LoftQ, arXiv 2310.08659)."""
     worst_module: str
+    """The layer that is furthest off."""
     worst_relative_error: float
+    """Its error."""
 
 
 class Fidelity(Recorded):
@@ -146,11 +161,17 @@ class Fidelity(Recorded):
     reference_dtype: str | None = None
     """Dtype of the unquantized reference; null: there was none, see ``note``."""
     batch_digest: str | None = None
+    """SHA-256 over the ids, labels and masks of the batch."""
     loss: float | None = None
+    """Of this backend on it."""
     reference_loss: float | None = None
+    """Of the reference."""
     overall: LayerFidelity | None = None
+    """Over all layers."""
     layers: tuple[LayerFidelity, ...] = ()
+    """In order."""
     weight_errors: tuple[WeightError, ...] = ()
+    """One for each kind of projection."""
     note: str | None = None
     """What could not be compared, and why."""
 
@@ -159,8 +180,11 @@ class StressedPair(Recorded):
     """Two linear layers of which one was multiplied by a factor and the other divided by it."""
 
     scaled: str
+    """Full name of the layer that was multiplied."""
     compensated: str
+    """Full name of the one that was divided."""
     factor: float
+    """By which."""
     float32_difference: float | None
     """Largest difference, in float32, of what the pair's decoder layer computes on random input with and
     without the factor, relative to the largest value that it adds: the proof that the function is the same.

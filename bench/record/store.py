@@ -1,25 +1,32 @@
 """The folder of records: one JSON file a run, written atomically, read strictly.
 
 A record appears under its final name only when it is whole (written beside it, synced, renamed), so a
-reader never sees half of one and a killed command loses nothing that was finished.
+reader never sees half of one and a killed command loses nothing that was finished. One command at a time
+writes to a folder; a record that cannot be written there is kept elsewhere.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from bench.errors import BrokenFile, UserError
-from bench.record.schema import SCHEMA_VERSION, Record
+from bench.ask.documents import parsed
+from bench.errors import BrokenFile, CannotWrite
+from bench.record.migration import refuse_other_version, version_field, without_removed_fields
+from bench.record.schema import Record
+from bench.record.writing import PART_SUFFIX, held, keep_elsewhere, prove_writable, write_atomically
 
 SUFFIX = ".record.json"
-REPEATED_STATUSES = frozenset({"interrupted", "unavailable"})
+MOST_DIGITS = 20
+"""Of a whole number with 64 bits, its sign included."""
+_NINETEEN_DIGITS = b"0" * 19
+_DIGITS_AS_ZEROS = bytes.maketrans(b"0123456789", _NINETEEN_DIGITS[:10])
+REPEATED_STATUSES = frozenset({"interrupted", "unavailable", "skipped"})
 """Outcomes that say nothing about the backend: the same command tries these runs again."""
 
 
@@ -29,28 +36,40 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def open_for_writing(self) -> None:
-        """Create the folder and prove that it can be written to, before anything is measured.
+    @contextmanager
+    def open_for_writing(self) -> Iterator[None]:
+        """Create the folder and prove that it can be written to, before anything is measured; inside the
+        ``with`` no other command may write to it. What a killed command left half-written is removed.
 
-        Raises UserError with the system's reason.
+        Raises UserError with the system's reason, or where another command has the folder.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".probe-"):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"cannot write records to '{self.folder}': {error.strerror}",
-                "choose another folder with --out",
-            ) from None
+        prove_writable(self.folder, "records", "choose another folder with --out")
+        with held(self.folder):
+            for left in self.folder.glob(f".*{SUFFIX}.*{PART_SUFFIX}"):
+                left.unlink(missing_ok=True)
+            yield
 
     def path(self, key: str) -> Path:
         """Where the record of a run is kept."""
         return self.folder / f"{key}{SUFFIX}"
 
     def save(self, record: Record) -> Path:
-        """Write ``record`` atomically; an older record of the same run is replaced."""
-        return write_atomically(self.path(record.key), record.model_dump_json(indent=1) + "\n")
+        """Write ``record`` atomically; an older record of the same run is replaced.
+
+        Raises CannotWrite with the system's reason; the record is then kept in a folder for temporary files,
+        which the error names, if that can be written to.
+        """
+        text = record.model_dump_json(indent=1) + "\n"
+        try:
+            return write_atomically(self.path(record.key), text)
+        except CannotWrite as error:
+            kept = keep_elsewhere(f"{record.key}{SUFFIX}", text)
+            hint = (
+                f"it is kept as '{kept}': move it into the folder and the same command goes on from there"
+                if kept
+                else "and nowhere else either: the record of this run is lost"
+            )
+            raise CannotWrite(error.message, hint) from None
 
     def finished(self, key: str) -> bool:
         """Whether the run of this key has a record that stands."""
@@ -62,30 +81,52 @@ class Store:
         stopped = record.status == "error" and record.preflight is not None and record.preflight.stopped
         return not stopped and record.status not in REPEATED_STATUSES
 
+    def failed(self, key: str) -> bool:
+        """Whether the run of this key has a record, and did not complete."""
+        path = self.path(key)
+        return path.exists() and read_record(path).status != "completed"
+
+    def out_of_memory(self, key: str) -> bool:
+        """Whether the run of this key has a record that says so."""
+        path = self.path(key)
+        return path.exists() and read_record(path).status == "out_of_memory"
+
+    def of_backends(self, backends: Collection[str]) -> Iterator[Record]:
+        """Records of these backends in the folder itself. What is no record is passed over."""
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            if path.name.startswith(tuple(f"{backend}-" for backend in backends)):
+                with suppress(BrokenFile):
+                    yield read_record(path)
+
     def records(self) -> Iterator[Record]:
         """Every record in the folder and below it, in order of their start.
 
         Raises BrokenFile for a folder that does not exist or a file that is no record.
         """
-        if not self.folder.is_dir():
+        try:
+            there = self.folder.is_dir()
+        except OSError:  # a name too long for a path
+            there = False
+        if not there:
             raise BrokenFile(f"'{self.folder}' is not a folder of records")
         found = [read_record(path) for path in sorted(self.folder.rglob(f"*{SUFFIX}"))]
         yield from sorted(found, key=lambda record: (record.started_at, record.key))
+
+    def one_by_one(self) -> Iterator[Record]:
+        """The same in the order of their paths, each read when it is asked for: thousands of whole records
+        may be more than memory holds. Raises BrokenFile as `records` does.
+        """
+        if not self.folder.is_dir():
+            raise BrokenFile(f"'{self.folder}' is not a folder of records")
+        for path in sorted(self.folder.rglob(f"*{SUFFIX}")):
+            yield read_record(path)
 
 
 def read_record(path: Path) -> Record:
     """Read one record. Raises BrokenFile, naming the file and the first thing wrong with it."""
     try:
-        text = path.read_text(encoding="utf-8")
-        version = _version_of(text)
-        if version != SCHEMA_VERSION:
-            raise BrokenFile(f"'{path}' has record schema {version!r}, this version reads {SCHEMA_VERSION}")
-        return Record.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' is not a record: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        return _read(path, Record, "a record", "record schema")
+    except FileNotFoundError as error:
         raise BrokenFile(f"'{path}' is not a record: {error}") from None
 
 
@@ -98,49 +139,52 @@ def read_document(path: Path, kind: type[Document], what: str) -> Document | Non
     Raises BrokenFile, naming the file, ``what`` it should be and the first thing wrong with it.
     """
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+        return _read(path, kind, what, f"{what.removeprefix('a ')} version")
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise BrokenFile(f"'{path}' is not {what}: {where}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFile(f"'{path}' is not {what}: {error}") from None
 
 
-def write_atomically(path: Path, content: str | bytes) -> Path:
-    """Write a file whole or not at all, surviving a power cut after return. Text is written as UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+def _read(path: Path, kind: type[Document], what: str, version: str) -> Document:
+    """A file as what it should be. Raises BrokenFile, and FileNotFoundError where there is none."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        text = path.read_bytes()
+        _refuse_endless_numbers(text)
+        try:
+            found = kind.model_validate_json(text)
+        except ValidationError:
+            body = parsed(text)
+            # A file of another version has other fields, and its version says more than the first of them.
+            refuse_other_version(path, body, kind, version)
+            if kind is not Record or not without_removed_fields(body):
+                raise
+            found = kind.model_validate_json(json.dumps(body))
+        if version_field(kind) not in {None, *found.model_fields_set}:
+            refuse_other_version(path, parsed(text), kind, version)
+    except FileNotFoundError:
         raise
-    _sync_folder(path.parent)
-    return path
+    except ValidationError as error:
+        raise BrokenFile(f"'{path}' is not {what}: {_first_problem(error)}") from None
+    except (OSError, ValueError) as error:
+        raise BrokenFile(f"'{path}' is not {what}: {error}") from None
+    return found
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Not every file system lets a folder be synced; there it is best effort."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        return
-    finally:
-        os.close(handle)
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "file"
+    return f"{where}: {first['msg']}"
 
 
-def _version_of(text: str) -> object:
-    body = json.loads(text)
-    return body.get("schema_version") if isinstance(body, dict) else None
+def _refuse_endless_numbers(text: bytes) -> None:
+    """Raise ValueError for a whole number of more than 64 bits: none that is recorded comes near, and what is
+    derived from one (a mean, a place in a figure) would leave the range of floats."""
+    # The quick look comes first, since it is taken at every record: a float that Python wrote has 17 digits.
+    if _NINETEEN_DIGITS in text.translate(_DIGITS_AS_ZEROS):
+        parsed(text, whole=_of_64_bits)
+
+
+def _of_64_bits(digits: str) -> int:
+    # By the digits first: Python reads no number of more than 4300.
+    if len(digits) > MOST_DIGITS or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the whole number {digits[:MOST_DIGITS]}... has more than 64 bits")
+    return int(digits)

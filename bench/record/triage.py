@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 
 from bench.record.recorded import Recorded
 from bench.record.schema import Status
-from bench.record.store import read_document, write_atomically
+from bench.record.store import read_document
+from bench.record.writing import write_atomically
 
 TRIAGE_VERSION: Final = 1
 FILE_NAME = "triage.json"

@@ -189,7 +189,11 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
     for text in asked.settings:
         path, value = parse_setting(text, entries)
         _put(values, path, value)
-    return build_experiment(values), preset, why
+    experiment = build_experiment(values)
+    for known in (*experiment.options, *preset.synthetic_options):
+        if known not in entries:
+            raise unknown(f"backend in the options of preset '{name}'", known, entries)
+    return experiment, preset, why
 
 
 def _backend_ids(given: Sequence[str], entries: dict[str, Entry]) -> list[str]:

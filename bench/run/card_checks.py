@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.probe.cards import Nvml
+from bench.probe.machine import visible_cards
 from bench.record.preflight import CardFindings, PairFindings
 from bench.run.events import Channel
 
@@ -47,6 +48,7 @@ def examine(channel: Channel, count: int) -> None:
             channel.send("section", name="visible_devices", value=os.environ["CUDA_VISIBLE_DEVICES"])
         # Before CUDA is started here: what uses memory now is not ours.
         before = {uuid: nvml.findings(uuid, "") for uuid in nvml.uuids}
+        _tell_visible(channel, before, count)
         channel.stage("starting CUDA")
         cards = _cards(before, count)
         for card in cards:
@@ -54,6 +56,17 @@ def examine(channel: Channel, count: int) -> None:
         from bench.probe.transfer import TorchTransfer
 
         check_cards(channel, nvml, cards, TorchTransfer())
+
+
+def _tell_visible(channel: Channel, before: dict[str, CardFindings | None], count: int) -> None:
+    """What is known of the cards without CUDA, in CUDA's order: on a card that somebody else has filled it
+    does not even start. Replaced by what is found once it has."""
+    visible = visible_cards(os.environ.get("CUDA_VISIBLE_DEVICES"), list(before))
+    for place, uuid in enumerate(visible[:count]):
+        known = before.get(uuid)
+        if known is not None:
+            label = f"cuda:{place}"
+            channel.section(f"card {label}", known.model_copy(update={"device": label}))
 
 
 def check_cards(

@@ -46,6 +46,38 @@ def _plain(value: Any) -> Any:
     return value
 
 
+MOST_LINE_BYTES = 64 * 2**20
+"""Hundreds of times what the longest event takes. A line that goes on is no event, and its reader must not be
+filled with it."""
+
+
+class Lines:
+    """Cuts what comes out of a pipe into lines. One that is longer than any event is passed over."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._bytes = 0
+
+    def take(self, chunk: bytes) -> list[bytes]:
+        """The lines that end in ``chunk``, without their ends."""
+        *ended, rest = chunk.split(b"\n")
+        lines = []
+        for piece in ended:
+            self._add(piece)
+            if self._bytes <= MOST_LINE_BYTES:
+                lines.append(b"".join(self._pieces))
+            self._pieces, self._bytes = [], 0
+        self._add(rest)
+        return lines
+
+    def _add(self, piece: bytes) -> None:
+        self._bytes += len(piece)
+        if self._bytes > MOST_LINE_BYTES:
+            self._pieces = []
+        elif piece:
+            self._pieces.append(piece)
+
+
 def parse_event(line: str) -> dict[str, Any] | None:
     """One event, or None for a line that is none (a library that found the pipe and wrote to it)."""
     try:

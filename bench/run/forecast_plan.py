@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from bench.ask.plan import RunRequest
+from bench.ask.shapes import decoder_layers
 from bench.errors import BadValue
 from bench.record.store import Store
 from bench.run.arrange import DEFAULT_OUT, Asked, arrange
@@ -115,7 +116,7 @@ def arrange_forecast(
     first = whole.sweep.requests[0]
     if first.placement != "single":
         raise BadValue(f"placement {first.placement}: a forecast is measured on one device", "leave it out")
-    full_layers = int(first.model.architecture["num_hidden_layers"])
+    full_layers = decoder_layers(first.model.architecture)
     if depths[-1] >= full_layers:
         why = f"the model has {full_layers} decoder layers and a slice must have fewer"
         raise BadValue(f"--slices {slices}: {why}", EXAMPLE)

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from bench.probe.machine import REPOSITORY
 from bench.probe.surroundings import Witness
 from bench.record.depths import DepthTimes
 from bench.record.schema import Record
-from bench.run.events import parse_event
+from bench.run.listening import Listener, listen
 from bench.run.order import Order
 from bench.run.ranks import processes_of
 from bench.run.told import Ending, Told, outcome_of, record_of, times_of
@@ -31,7 +29,9 @@ from bench.run.told import Ending, Told, outcome_of, record_of, times_of
 STDERR_TAIL_BYTES = 4000
 GRACE_SECONDS = 5.0
 """Between asking a worker to end and killing it."""
-Listener = Callable[[Mapping[str, Any]], None]
+STILL_WELL = Ending(exit_code=0, timed_out=False, stderr_tail=None)
+"""Before any worker."""
+NO_WORKER = Ending(exit_code=None, timed_out=False, stderr_tail=None)
 
 
 def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
@@ -44,7 +44,7 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
     told = Told()
     prepare_seconds = None
     interrupted = False
-    ending = Ending(exit_code=0, timed_out=False, stderr_tail=None)
+    ending = STILL_WELL
     try:
         if _must_prepare(order):
             ending = _work(order, told, listener, began, "--prepare")
@@ -70,7 +70,7 @@ def time_depths(order: Order, listener: Listener = lambda event: None) -> DepthT
     Raises KeyboardInterrupt after the worker has been stopped.
     """
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    told, ending = Told(), Ending(exit_code=0, timed_out=False, stderr_tail=None)
+    told, ending = Told(), STILL_WELL
     if _must_prepare(order):
         ending = _work(order, told, listener, began, "--prepare")
         if told.status == "completed":
@@ -80,13 +80,15 @@ def time_depths(order: Order, listener: Listener = lambda event: None) -> DepthT
     return times_of(order, told, ending, started_at, time.monotonic() - began)
 
 
-def work_alone(order: Order, work: str) -> tuple[Told, Ending]:
+def work_alone(
+    order: Order, work: str, listener: Listener = lambda event: None
+) -> tuple[Told, Ending]:
     """One worker process for ``work``, the worker's flag: what it told and how it ended.
 
     Raises KeyboardInterrupt after the worker has been stopped.
     """
     told = Told()
-    return told, _work(order, told, lambda event: None, time.monotonic(), work)
+    return told, _work(order, told, listener, time.monotonic(), work)
 
 
 def _witnessed(order: Order, told: Told, listener: Listener) -> Ending:
@@ -96,8 +98,7 @@ def _witnessed(order: Order, told: Told, listener: Listener) -> Ending:
         return _train(order, told, witness.beside(listener))
     finally:
         witness.close()
-        if witness.found is not None:
-            told.sections["surroundings"] = witness.found
+        told.surroundings = witness.found
 
 
 def _train(order: Order, told: Told, listener: Listener) -> Ending:
@@ -105,7 +106,7 @@ def _train(order: Order, told: Told, listener: Listener) -> Ending:
     from bench.run.torchrun import work_together  # which imports this module
 
     if processes_of(order.request) > 1:
-        return work_together(order, told, listener, time.monotonic())
+        return _guarded(told, lambda: work_together(order, told, listener, time.monotonic()))
     return _work(order, told, listener, time.monotonic())
 
 
@@ -142,7 +143,26 @@ def _with_reference(order: Order, listener: Listener) -> Order:
 
 def _work(order: Order, told: Told, listener: Listener, began: float, work: str | None = None) -> Ending:
     """One worker process from start to end. ``work``: the worker's flag; None: measure."""
-    with tempfile.TemporaryDirectory(prefix="qlora-bench-") as scratch:
+    return _guarded(told, lambda: _attended(order, told, listener, began, work))
+
+
+def _guarded(told: Told, work: Callable[[], Ending]) -> Ending:
+    """Do the work of a run. What fails on this side of it is told as its outcome, so that the other runs go
+    on."""
+    try:
+        return work()
+    except BrokenPipeError:
+        raise  # of the display: whoever read it has gone
+    except OSError as error:
+        told.fail(f"the worker could not be started or heard: {error}")
+    except MemoryError:
+        told.forget()
+        told.fail("the command itself, not the worker, ran out of memory while it listened")
+    return NO_WORKER
+
+
+def _attended(order: Order, told: Told, listener: Listener, began: float, work: str | None) -> Ending:
+    with tempfile.TemporaryDirectory(prefix="qlora-bench-", ignore_cleanup_errors=True) as scratch:
         order_file = Path(scratch) / "order.json"
         order_file.write_text(order.model_dump_json(), encoding="utf-8")
         log = Path(scratch) / "output.log"
@@ -171,37 +191,12 @@ def _work(order: Order, told: Told, listener: Listener, began: float, work: str 
                 os.close(write_end)
             try:
                 deadline = began + order.request.timeout_seconds
-                timed_out = not _listen(events, told, listener, deadline)
+                timed_out = not listen(events, process, told, listener, deadline)
                 if not timed_out:
                     timed_out = not _wait(process, max(0.0, deadline - time.monotonic()))
             finally:
                 end(process)
         return Ending(process.returncode, timed_out, tail(log))
-
-
-def _listen(events: Any, told: Told, listener: Listener, deadline: float) -> bool:
-    """Take events until the pipe closes. False: the deadline came first."""
-    os.set_blocking(events.fileno(), False)
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(events, selectors.EVENT_READ)
-        while True:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                if time.monotonic() >= deadline:
-                    return False
-                continue
-            chunk = events.read(65536)
-            if chunk == b"":
-                return True
-            if chunk is None:
-                continue
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                event = parse_event(line.decode("utf-8", errors="replace"))
-                if event is not None:
-                    with contextlib.suppress(KeyError, TypeError):  # an event of a shape we do not know
-                        told.take(event)
-                    listener(event)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:

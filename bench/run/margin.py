@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.ask.plan import RunRequest
+from bench.ask.shapes import decoder_layers
 from bench.ask.stress import resolve_stress
 from bench.errors import BadValue
 from bench.run.arrange import Asked, arrange
@@ -71,7 +72,7 @@ def arrange_margin(asked: Asked, *, dtypes: Sequence[str], module: str | None, m
 
 def default_module(architecture: Mapping[str, Any], layers: int | None) -> str:
     """The up_proj of the layer a third of the way up. ``layers``: how many are kept; None: all."""
-    total = int(architecture["num_hidden_layers"])
+    total = decoder_layers(architecture)
     return f"model.layers.{min(total, layers or total) // DEPTH_DIVISOR}.mlp.up_proj"
 
 

@@ -14,7 +14,7 @@ from bench.ask.plan import RunRequest
 from bench.errors import BadValue, UserError
 from bench.load.fit import outlooks
 from bench.load.registry import Entry
-from bench.record.schema import Device
+from bench.record.environment import Device
 
 GIB = 2**30
 

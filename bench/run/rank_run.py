@@ -93,7 +93,7 @@ class RankRun(DepthRun):
         self._prove_gathered()
         self.channel.send(
             "share",
-            workload_digest=trainer.reader.share_digest,  # type: ignore[attr-defined]
+            workload_digest=trainer.reader.share_digest,
             adapters_digest=tensors_digest(trainer.adapters.tensors),
         )
         if self.request.fidelity:

@@ -112,7 +112,8 @@ class Ranks:
     @property
     def _hindmost(self) -> str:
         """The stage of the rank that has not come as far as the others: they wait for it."""
-        return min((one.told.stage for one in self.all), key=STAGES.index)
+        stages = [one.told.stage for one in self.all]
+        return min(stages, key=lambda stage: STAGES.index(stage) if stage in STAGES else -1)
 
     @property
     def whereabouts(self) -> str:

@@ -227,6 +227,7 @@ class Run:
                 )
                 self.channel.send("bytes_by_kind", value=kinds)
             self.telling.workload(trainer.reader, backend)
+            self.telling.consumed(trainer.reader.share_digest, watch.consumed.digest)
             self.telling.failure(watch.finder.found)
             self.channel.send("process_peak", bytes=probe.process_peak_bytes())
             counts = trouble.after_step(warmup=step.warmup)

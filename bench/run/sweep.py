@@ -1,6 +1,7 @@
 """A sweep: the runs of one experiment, one after another, each record saved as soon as its run ends.
 
-Runs that have a record already are skipped; Ctrl-C saves the interrupted run's record and stops.
+Runs that have a record already are skipped, and those that cannot fit because a smaller one did not
+(``bench.run.skipping``); Ctrl-C saves the interrupted run's record and stops.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from bench.load.registry import Entry
 from bench.record.preflight import Preflight
 from bench.record.schema import Record
 from bench.record.store import Store
-from bench.run.launch import Listener, run_one
+from bench.run.launch import run_one
+from bench.run.listening import Listener
 from bench.run.order import Order
 from bench.run.preflight import Examiner
+from bench.run.skipping import SkipRule
 from bench.run.sources import Source
 
 
@@ -55,6 +58,10 @@ class Sweep:
     memory_bytes: int | None = None
     """Of the device that runs; None: unknown."""
     force: bool = False
+    retry_failed: bool = False
+    """Only runs with a record that is not completed are run."""
+    skip_larger: bool = False
+    """Whether runs are skipped that need no less memory than one that ran out of it."""
     replay: bool = True
     """Whether failures are replayed (see `Order`)."""
     examiner: Examiner = field(default_factory=Examiner)
@@ -70,8 +77,19 @@ class Sweep:
         return self.sources[request.backend].obstacle or obstacle(request, self.entries[request.backend])
 
     def waiting(self) -> list[RunRequest]:
-        """Runs that have no standing record yet, in order."""
+        """Runs that have no standing record yet, in order; where failures are retried, those with one."""
+        if self.retry_failed:
+            return [r for r in self.requests if self.store.failed(r.key)]
         return [r for r in self.requests if self.force or not self.store.finished(r.key)]
+
+    def skip_rule(self) -> SkipRule:
+        """The rule, with what the folder's records teach about the runs of this sweep."""
+        rule = SkipRule(self.memory_bytes)
+        # What is to be repeated teaches nothing before it has been.
+        if self.skip_larger and not self.force and not self.retry_failed:
+            for record in self.store.of_backends({request.backend for request in self.requests}):
+                rule.observe(record)
+        return rule
 
     def order(self, request: RunRequest) -> Order:
         """The job handed to a worker."""
@@ -111,16 +129,18 @@ def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
     waiting = {request.key: place for place, request in enumerate(sweep.waiting())}
     able = [r for r in sweep.requests if r.key in waiting and sweep.obstacle(r) is None]
     found = sweep.examiner.find(able, watcher)
+    rule = sweep.skip_rule()
     for request in sweep.requests:
         if request.key not in waiting:
             watcher.skipped(request)
             continue
-        reason = sweep.obstacle(request)
-        if reason:
-            record = not_started(request, "unavailable", reason)
-        elif found is not None and found.stopped:
-            record = not_started(request, "error", found.stopped)
-        else:
+        standing = _not_started(sweep, request, found, rule)
+        if standing is not None and standing.status == "skipped" and sweep.store.out_of_memory(request.key):
+            # Retried, and known to be in vain by now: what was observed says more than that.
+            watcher.skipped(request)
+            continue
+        record = standing
+        if record is None:
             try:
                 record = run_one(
                     sweep.order(request), watcher.listener(waiting[request.key], len(waiting), request)
@@ -132,9 +152,23 @@ def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
                     watcher.ended(interrupted)
                 raise
         record = _with_preflight(record, found)
+        rule.observe(record)
         sweep.store.save(record)
         watcher.ended(record)
         yield record
+
+
+def _not_started(
+    sweep: Sweep, request: RunRequest, found: Preflight | None, rule: SkipRule
+) -> Record | None:
+    """The record of a run that is not even started, with the reason; None: it is."""
+    if reason := sweep.obstacle(request):
+        return not_started(request, "unavailable", reason)
+    if found is not None and found.stopped:
+        return not_started(request, "error", found.stopped)
+    if sweep.skip_larger and (reason := rule.reason(request)):
+        return not_started(request, "skipped", reason)
+    return None
 
 
 def obstacle(request: RunRequest, entry: Entry) -> str | None:
@@ -150,14 +184,16 @@ def _with_preflight(record: Record, found: Preflight | None) -> Record:
     return record.model_copy(update={"preflight": found}) if record.request.device == "cuda" else record
 
 
-def not_started(request: RunRequest, status: Literal["unavailable", "error"], reason: str) -> Record:
+def not_started(
+    request: RunRequest, status: Literal["unavailable", "error", "skipped"], reason: str
+) -> Record:
     """The record of a run that could not be started."""
     return Record(
         key=request.key,
         command=request.command,
         request=request,
         status=status,
-        stage="launch",
+        stage=None if status == "skipped" else "launch",
         message=reason,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_seconds=0.0,

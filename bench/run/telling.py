@@ -154,6 +154,18 @@ class Telling:
             ),
         )
 
+    def consumed(self, told: str, received: str) -> None:
+        """Digests of the work: as the reader told it, and as the model received it. Raises Breach where they
+        differ."""
+        breaches = []
+        if told != received:
+            breaches = [
+                "the token ids, labels or masks that reached the model are not those of the digest: "
+                "something between the reader and the model changes them"
+            ]
+        if breaches or self._proof.data_consumed is None:
+            self.prove(data_consumed=breaches)
+
     def failure(self, failure: FirstFailure | None) -> None:
         """The first failure, each time that another one takes its place."""
         if failure is not None and failure is not self._failure:

@@ -5,13 +5,26 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from bench.record.depths import DepthTimes, times_key
-from bench.record.schema import Memory, Record
+from bench.record.schema import Record, Stage, Status
+from bench.record.surroundings import Surroundings
 from bench.run.order import Order
+
+SECTIONS = frozenset({
+    "environment", "placement", "quantization", "load", "lora", "workload", "proof", "first_failure",
+    "trainable_weights_finite", "replay", "fidelity", "stress",
+})  # fmt: skip
+"""Parts of a record that a worker tells. What was asked, how it ended and when is for its parent to say."""
+OF_A_COMPLETE_RUN = ("environment", "quantization", "load", "lora", "workload", "trainable_weights_finite")
+"""Without these nobody has trained to the end, whatever was told."""
+
+
+def _no_memory() -> dict[str, Any]:
+    return {"readings": [], "bytes_by_kind": []}
 
 
 @dataclass
@@ -22,16 +35,18 @@ class Told:
     status: str | None = None
     message: str | None = None
     sections: dict[str, Any] = field(default_factory=dict)
+    surroundings: Surroundings | None = None
+    """What the parent itself saw of the machine."""
     steps: list[Any] = field(default_factory=list)
     depth_steps: list[Mapping[str, Any]] = field(default_factory=list)
     """Events of ``bench.run.depths``: depth, round and step."""
-    memory: dict[str, Any] = field(default_factory=lambda: {"readings": [], "bytes_by_kind": []})
+    memory: dict[str, Any] = field(default_factory=_no_memory)
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Keep one event."""
         match event["event"]:
             case "stage":
-                self.stage = event["name"]
+                self.stage = str(event["name"])
             case "section":
                 self.sections[event["name"]] = event["value"]
             case "step":
@@ -48,7 +63,20 @@ class Told:
             case "allocator":
                 self.memory |= event["counts"]
             case "outcome":
-                self.status, self.message = event["status"], event["message"]
+                self.status, self.message = str(event["status"]), _text(event["message"])
+
+    def forget(self) -> None:
+        """Let go of everything but the stage."""
+        self.status = self.message = None
+        self.sections.clear()
+        self.steps.clear()
+        self.depth_steps.clear()
+        self.memory = _no_memory()
+
+    def fail(self, message: str) -> None:
+        """An error on the parent's side, which counts unless the worker had told its outcome."""
+        if self.status is None:
+            self.status, self.message = "error", message
 
 
 @dataclass(frozen=True)
@@ -71,32 +99,66 @@ def record_of(
 ) -> Record:
     """The record of a run from everything known about it."""
     status, message = outcome_of(order, told, ending, interrupted)
-    sections = {name: value for name, value in told.sections.items() if name in Record.model_fields}
-    if "load" in sections and prepare_seconds is not None:
-        sections["load"]["prepare_seconds"] = prepare_seconds
+    parts = {name: value for name, value in told.sections.items() if name in SECTIONS}
+    if prepare_seconds is not None and isinstance(parts.get("load"), dict):
+        parts["load"]["prepare_seconds"] = prepare_seconds
     if status == "completed":
-        sections |= _cut_short(order, told, ending, sections)
+        parts |= _cut_short(order, told, ending, parts)
+        if (why := _unfinished(order, told)) is not None:
+            status, message = "crashed", why
     known = {
         "key": order.request.key,
         "command": order.request.command,
         "request": order.request,
-        "status": status,
-        "stage": None if status == "completed" else told.stage,
-        "message": message,
-        "stderr_tail": None if status == "completed" else ending.stderr_tail,
         "exit_code": ending.exit_code,
         "started_at": started_at,
         "wall_seconds": wall_seconds,
+        "surroundings": told.surroundings,
     }
-    try:
-        return Record.model_validate({**known, "memory": told.memory, "steps": told.steps, **sections})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        why = f"the worker told something that is no record: {where}: {first['msg']}"
-        return Record.model_validate(
-            {**known, "status": "crashed", "stage": told.stage, "message": why, "memory": Memory()}
-        )
+    parts |= {"memory": told.memory, "steps": told.steps}
+    while True:
+        ended = {
+            "status": status,
+            "stage": None if status == "completed" else _stage(told),
+            "message": message,
+            "stderr_tail": None if status == "completed" else ending.stderr_tail,
+        }
+        try:
+            return Record.model_validate({**parts, **known, **ended})
+        except ValidationError as error:
+            spoilt = {str(one["loc"][0]) for one in error.errors(include_url=False)} & set(parts)
+            if not spoilt:
+                raise
+            # What else was told is worth keeping.
+            parts = {name: value for name, value in parts.items() if name not in spoilt}
+            if status == "completed":
+                status, message = "crashed", f"the worker told something that is no record: {_first(error)}"
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
+def _unfinished(order: Order, told: Told) -> str | None:
+    """Why a run that was told to be complete is not; None: it is."""
+    said = "the worker said that the run was complete"
+    steps, wanted = len(told.steps), order.request.workload.steps
+    if steps != wanted:
+        return f"{said} after {steps} of {wanted} steps"
+    absent = [name for name in OF_A_COMPLETE_RUN if name not in told.sections]
+    return f"{said} and told nothing of: {', '.join(absent)}" if absent else None
+
+
+def _stage(told: Told) -> str:
+    return told.stage if told.stage in get_args(Stage) else "launch"
+
+
+def _text(value: object) -> str | None:
+    """A message on one line, of characters that can be written."""
+    if value is None:
+        return None
+    return " ".join(str(value).encode("utf-8", "backslashreplace").decode().split())
 
 
 def times_of(order: Order, told: Told, ending: Ending, started_at: str, wall_seconds: float) -> DepthTimes:
@@ -146,8 +208,10 @@ def outcome_of(order: Order, told: Told, ending: Ending, interrupted: bool) -> t
     """Status and message: the worker's own, else what the operating system saw."""
     if interrupted:
         return "interrupted", "stopped by the user"
+    if told.status in get_args(Status):
+        return str(told.status), told.message
     if told.status is not None:
-        return told.status, told.message
+        return "crashed", f"the worker told an outcome that is none: '{told.status:.60}'"
     if ending.timed_out:
         return "timeout", f"no result within {order.request.timeout_seconds:g} s"
     return "crashed", f"the worker {ended_in_words(ending.exit_code)}"

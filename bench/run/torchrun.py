@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
-from bench.run.events import parse_event
+from bench.run.events import Lines, parse_event
 from bench.run.launch import end, python_path, tail
 from bench.run.order import Order
 from bench.run.ranks import Ranks, processes_of
@@ -159,7 +159,7 @@ def _listen(
     """Take events until every rank has ended, or until one has failed and the others had their time.
     False: the run's time was over first."""
     deadline, patience = began + order.request.timeout_seconds, float("inf")
-    rests = dict.fromkeys(streams, b"")
+    lines = {rank: Lines() for rank in streams}
     with selectors.DefaultSelector() as selector:
         for rank, stream in streams.items():
             selector.register(stream, selectors.EVENT_READ, rank)
@@ -179,8 +179,7 @@ def _listen(
                     ranks.closed(rank, time.monotonic())
                     selector.unregister(stream)
                     continue
-                *lines, rests[rank] = (rests[rank] + (chunk or b"")).split(b"\n")
-                for line in lines:
+                for line in lines[rank].take(chunk or b""):
                     _take(line, rank, ranks, family, listener)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.0, min(PATIENCE_SECONDS, deadline - time.monotonic())))
@@ -191,7 +190,8 @@ def _take(line: bytes, rank: int, ranks: Ranks, family: Family, listener: Listen
     event = parse_event(line.decode("utf-8", errors="replace"))
     if event is None:
         return
-    with contextlib.suppress(KeyError, TypeError, ValueError):  # an event of a shape we do not know
+    # an event of a shape we do not know
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         for heard in ranks.take(rank, event):
             listener(heard)
         if event["event"] == "rank":

@@ -22,7 +22,8 @@ from bench.load.model import DTYPES
 from bench.probe.clock import now
 from bench.probe.gradients import gradient_norm
 from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
-from bench.record.schema import MemoryReading, Phase, Step
+from bench.record.memory import MemoryReading, Phase
+from bench.record.schema import Step
 from bench.run.watch import RandomState, Watch
 from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader
 
@@ -46,6 +47,8 @@ class Trainer:
     """None: nothing looks on, and the steps tell nothing of probes."""
     tie: Tie | None = None
     """None: this process trains alone."""
+    index: int = 0
+    """Of the present step."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -116,6 +119,7 @@ def one_step(
 ) -> tuple[Step, list[MemoryReading]]:
     """One optimizer step, and the memory of its phases where a probe is given."""
     readings: list[MemoryReading] = []
+    trainer.index = index
     workload, watch = trainer.request.workload, trainer.watch
     batches = [trainer.reader.next_batch() for _ in range(workload.gradient_accumulation_steps)]
     if watch:
@@ -134,7 +138,7 @@ def one_step(
         paused = now(trainer.devices)
         on_first_backward()
         began += now(trainer.devices) - paused
-    with _phase(memory, "optimizer_step", readings):
+    with _phase(trainer, memory, "optimizer_step", readings):
         scale, norm = unscaled_norm(trainer)
         seen = watch.observe(index, batches, losses, norm, scale) if watch else None
         kept = watch.keep(seen, batches, random) if watch and seen else None
@@ -172,11 +176,11 @@ def micro_batch(
     ranges = trainer.watch.ranges if trainer.watch else None
     if ranges:
         ranges.forward_begins()
-    with _phase(memory, "forward", readings):
+    with _phase(trainer, memory, "forward", readings):
         loss = micro_batch_loss(trainer, batch)
     if ranges:
         ranges.backward_begins()
-    with _phase(memory, "backward", readings):
+    with _phase(trainer, memory, "backward", readings):
         scaled = loss / accumulation
         target = trainer.scaler.scale(scaled) if trainer.scaler else scaled
         target.backward()  # type: ignore[no-untyped-call]
@@ -227,10 +231,17 @@ def _update(trainer: Trainer, norm: torch.Tensor, scale: float | None) -> bool:
 
 
 @contextmanager
-def _phase(memory: MemoryProbe | None, name: Phase, readings: list[MemoryReading]) -> Iterator[None]:
-    """Where a probe is given: peaks start at the phase's beginning and are read at its end."""
+def _phase(
+    trainer: Trainer, memory: MemoryProbe | None, name: Phase, readings: list[MemoryReading]
+) -> Iterator[None]:
+    """Where a probe is given: peaks start at the phase's beginning and are read at its end. An error takes
+    along in which phase of which step it was raised."""
     if memory:
         memory.start_phase()
-    yield
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the {name.replace('_', ' ')} of step {trainer.index}")
+        raise
     if memory:
         readings.extend(memory.read(name))

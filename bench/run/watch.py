@@ -1,7 +1,7 @@
 """What looks on while a step is trained: the probes, the finder of the first failure, and what it keeps.
 
 ``bench.run.training`` calls it; with no `Watch` the same loop runs unobserved, which is how its cost is
-measured (``make overhead``).
+measured (``make probes``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bench.probe.gradients import non_finite_tensors, tensor_statistics
 from bench.probe.observation import Observation
 from bench.probe.ranges import RangeProbe
 from bench.record.stability import FirstFailure
+from bench.run.consumed import Consumed
 from bench.run.workload import Batch
 
 
@@ -76,6 +77,7 @@ class Watch:
         """``linears``: names of the quantized layers. ``broken``: see `FailureFinder`. ``fine``: --trace."""
         self.tensors = adapters.tensors
         self.ranges = RangeProbe(adapters.model, linears, fine=fine)
+        self.consumed = Consumed(adapters.model)
         self.finder = FailureFinder(list(adapters.tensors), broken, str(device), dtype)
         self.snapshot: Snapshot | None = None
         """Of the step in ``finder.found``; None where that is no step that could be replayed."""
@@ -88,6 +90,7 @@ class Watch:
             bad = (batch.input_ids < 0) | (batch.input_ids >= self.vocabulary)
             if bool(bad.any()):
                 raise BadBatch(_outside(step, micro_batch, batch, bad, self.vocabulary))
+        self.consumed.begin()
 
     def observe(
         self,
@@ -98,6 +101,7 @@ class Watch:
         loss_scale: float | None,
     ) -> Observation:
         """Read every probe, after the backward and before the update."""
+        self.consumed.count(batches)
         return Observation(
             step=step,
             losses=tuple(float(loss) for loss in losses),
@@ -123,11 +127,16 @@ class Watch:
 
     def end(self, last_step: int) -> bool:
         """After the last step: take the hooks off. Returns whether the trained weights are finite."""
-        self.ranges.remove()
+        self.remove()
         spoilt = non_finite_tensors(self.tensors)
         if self.finder.look_at_weights(last_step, spoilt):
             self.snapshot = None
         return not spoilt
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.ranges.remove()
+        self.consumed.remove()
 
 
 def _outside(step: int, micro_batch: int, batch: Batch, bad: torch.Tensor, vocabulary: int) -> FirstFailure:

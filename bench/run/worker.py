@@ -1,6 +1,7 @@
 """The child: one run in one fresh process, telling its parent everything as it happens.
 
-    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference | --depths | --preflight]
+    python -m bench.run.worker ORDER.json DESCRIPTOR [--prepare | --reference | --depths | --bare |
+                                                      --preflight]
 
 Started by ``bench.run.launch``. The order of what follows matters: the environment is settled before
 torch is imported, unneeded quantization libraries are hidden before transformers and PEFT are.
@@ -8,6 +9,7 @@ torch is imported, unneeded quantization libraries are hidden before transformer
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.load.registry import foreign_libraries, get_backend
+from bench.run.bare import BareRun
 from bench.run.card_checks import examine
 from bench.run.depths import DepthRun
 from bench.run.events import Channel
@@ -23,6 +26,9 @@ from bench.run.isolation import WatchedVariables, apply_settings, hide_packages
 from bench.run.order import Order
 from bench.run.rank_run import RankChannel, RankRun, end_after_error
 from bench.run.telling import Breach
+
+EXHAUSTED = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+"""How torch, the CUDA runtime, cuBLAS and cuDNN say that memory is exhausted, in errors of other kinds."""
 
 
 def main(arguments: list[str]) -> int:
@@ -34,43 +40,53 @@ def main(arguments: list[str]) -> int:
     channel = RankChannel(Path(arguments[1])) if together else Channel(int(arguments[1]))
     _end_with_parent()
     apply_settings()
+    try:
+        _work(order, channel, arguments)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is this run's outcome
+        traceback.print_exc()
+        channel.send("outcome", status=_status_of(error), message=_message_of(error))
+        if together:
+            end_after_error()
+    return 0
+
+
+def _work(order: Order, channel: Channel, arguments: list[str]) -> None:
+    """What the arguments ask for. A training tells its outcome itself; whatever else comes to its end is
+    complete."""
     watched = WatchedVariables()
     hide_packages(foreign_libraries(get_backend(order.request.backend).backend))
-    kind = RankRun if together else DepthRun
+    kind = RankRun if isinstance(channel, RankChannel) else DepthRun
     run = kind(order, channel, watched, scratch=Path(arguments[0]).parent)
     work: dict[str, Callable[[], None]] = {
         "--prepare": run.prepare,
         "--reference": run.make_reference,
         "--depths": run.time,
+        "--bare": lambda: BareRun(order, channel, watched, run.scratch).train_by_hand(),
         "--preflight": lambda: examine(channel, order.request.device_count),
     }
-    try:
-        work.get(arguments[-1], run.measure)()
-    except Exception as error:  # noqa: BLE001 - whatever a library raises is this run's outcome
-        traceback.print_exc()
-        channel.send("outcome", status=_status_of(error), message=_message_of(error))
-        if together:
-            end_after_error()
-    else:
-        if arguments[-1] in work:
-            channel.send("outcome", status="completed", message=None)
-    return 0
+    work.get(arguments[-1], run.measure)()
+    if arguments[-1] in work:
+        channel.send("outcome", status="completed", message=None)
 
 
-def _status_of(error: Exception) -> str:
-    import torch
-
+def _status_of(error: BaseException) -> str:
     from bench.errors import MissingLibrary
 
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+    # Not imported: where the import of torch itself is what failed, it would only fail again.
+    torch = sys.modules.get("torch")
+    exhausted = (MemoryError, getattr(getattr(torch, "cuda", None), "OutOfMemoryError", MemoryError))
+    no_room = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if no_room or isinstance(error, exhausted) or any(words in str(error) for words in EXHAUSTED):
         return "out_of_memory"
     return "unavailable" if isinstance(error, MissingLibrary | ImportError) else "error"
 
 
-def _message_of(error: Exception) -> str:
+def _message_of(error: BaseException) -> str:
+    """The error in one line, with what was noted on its way (where in which step)."""
     text = " ".join(str(error).split()) or type(error).__name__
     kind = "" if isinstance(error, Breach) else f"{type(error).__name__}: "
-    return (kind + text)[:2000]
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return (kind + text)[:2000] + notes[:200]
 
 
 def _end_with_parent() -> None:

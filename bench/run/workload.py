@@ -145,6 +145,11 @@ class WorkloadReader:
         """SHA-256 over ids, labels and masks of every batch so far, in order."""
         return self._digest.hexdigest()
 
+    @property
+    def share_digest(self) -> str:
+        """SHA-256 over the batches of this process: all of them, unless others share the stream."""
+        return self.digest
+
     def next_batch(self) -> Batch:
         """The next micro-batch that holds an answer token (or any, where the workload asks for that).
 

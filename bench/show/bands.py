@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench.show.drawing import SMALLEST_DRAWN, has_place
 from bench.show.owners import owner_id
 from bench.show.styles import Style
 
@@ -38,9 +39,9 @@ class Band:
     """Of those that have a place; NaN: none has."""
     high: tuple[float, ...]
     broken: tuple[int, ...]
-    """Places where a run is not finite."""
-    zero: tuple[int, ...]
-    """Places where a run is zero on a logarithmic scale."""
+    """Places where a run is not finite, or too large for any scale."""
+    below: tuple[int, ...]
+    """Places where a run lies below all that has a place on a logarithmic scale, as zero does."""
 
     @property
     def drawn(self) -> tuple[float, ...]:
@@ -52,7 +53,14 @@ def band_of(runs: Sequence[Mapping[int, float | None]], *, logarithmic: bool) ->
     """Merge ``runs``, each of which maps places to values; None: the run has no value there."""
     places = sorted({place for run in runs for place in run})
     columns = [[value for run in runs if (value := run.get(place)) is not None] for place in places]
-    kept = [[v for v in column if math.isfinite(v) and (v > 0 or not logarithmic)] for column in columns]
+    kept = [[v for v in column if has_place(v, logarithmic=logarithmic)] for column in columns]
+
+    def is_below(value: float) -> bool:
+        return logarithmic and math.isfinite(value) and value < SMALLEST_DRAWN
+
+    def is_broken(value: float) -> bool:
+        return not is_below(value) and not has_place(value, logarithmic=logarithmic)
+
     return Band(
         runs=len(runs),
         places=tuple(places),
@@ -62,8 +70,8 @@ def band_of(runs: Sequence[Mapping[int, float | None]], *, logarithmic: bool) ->
         ),
         low=tuple(min(placed, default=math.nan) for placed in kept),
         high=tuple(max(placed, default=math.nan) for placed in kept),
-        broken=_where(places, columns, lambda value: not math.isfinite(value)),
-        zero=_where(places, columns, lambda value: logarithmic and value == 0),
+        broken=_where(places, columns, is_broken),
+        below=_where(places, columns, is_below),
     )
 
 
@@ -84,7 +92,7 @@ def draw_band(axes: Axes, band: Band, style: Style, label: str, crossed: int, si
         pale: Any = {"color": style.color, "alpha": PALE, "lw": 0, "gid": whose}
         axes.fill_between(band.places, band.low, band.high, where=known, **pale)
     edge_markers(axes, band.broken, 1.0 + CROSS_STEP * crossed, "x", style, whose)
-    edge_markers(axes, band.zero, 0.0, "v", style, whose)
+    edge_markers(axes, band.below, 0.0, "v", style, whose)
     return line
 
 

@@ -13,6 +13,7 @@ from bench.record.forecast import BackendForecast, CardOutlook
 from bench.show.columns import GIB, gib
 from bench.show.drawing import (
     INK,
+    LONGEST_IN_LEGEND,
     LONGEST_OF_LINES,
     Plot,
     box,
@@ -79,9 +80,10 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Sequence[Bar]]) -> None:
             _draw_bar(axes, bars[0], lines, ALONE_INCHES, elided(name, LONGEST_OF_LINES))
         else:
             lines.top += HEADER_INCHES
-            axes.annotate(name, (0, lines.top - 0.04), va="bottom", ha="left", gid=bars[0].whose)
+            at: Any = {"va": "bottom", "ha": "left", "gid": bars[0].whose}
+            axes.annotate(elided(name, LONGEST_IN_LEGEND), (0, lines.top - 0.04), **at)
             for bar in bars:
-                _draw_bar(axes, bar, lines, BAR_INCHES, bar.name)
+                _draw_bar(axes, bar, lines, BAR_INCHES, elided(bar.name, LONGEST_OF_LINES))
         lines.top += GAP_INCHES
     every = [bar for bars in groups.values() for bar in bars]
     longest = max(1, *(max(bar.peak_bytes, bar.capacity_bytes or 0) for bar in every))

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bench.errors import printable
 from bench.judge.comparison import Comparison
 from bench.judge.groups import Group
 from bench.judge.rows import Row
@@ -101,13 +102,15 @@ def noted(plot: Plot, notes: Sequence[str]) -> Plot:
     width, height = float(box.group(1)), float(box.group(2))
     written = "".join(
         f'<text x="4" y="{height + (place + 0.9) * LINE_HEIGHT:g}" font-size="{FONT_SIZE}px" '
-        f'font-family="{FONTS}" fill="currentColor">{html.escape(line)}</text>'
+        f'font-family="{FONTS}" fill="currentColor">{html.escape(printable(line))}</text>'
         for place, line in enumerate(lines)
     )
     words = " ".join((plot.alternative, *notes))
     taller = f'viewBox="0 0 {width:g} {height + (len(lines) + 0.5) * LINE_HEIGHT:g}"'
     svg = plot.svg.replace(box.group(0), taller, 1)
     svg = svg.replace(
-        f'aria-label="{html.escape(plot.alternative)}"', f'aria-label="{html.escape(words)}"', 1
+        f'aria-label="{html.escape(printable(plot.alternative))}"',
+        f'aria-label="{html.escape(printable(words))}"',
+        1,
     )
     return replace(plot, svg=svg.removesuffix("</svg>") + written + "</svg>", alternative=words)

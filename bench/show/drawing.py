@@ -10,11 +10,13 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from bench.errors import printable
 from bench.show.owners import owner_id, with_owners
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ WIDTH_INCHES = 6.4
 LONGEST_OF_LINES, LONGEST_IN_LEGEND = 36, 64
 """Characters of a name beside a horizontal line, and in a legend, that leave room for the figure."""
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+SMALLEST_DRAWN, LARGEST_DRAWN = 1e-150, 1e150
+"""Beyond these the arithmetic of an axis leaves the range of floats."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,10 @@ def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        # Its remarks (a font without a sign of some script, an axis of one value) are not for who asked for
+        # a report: the font only measures, and the numbers stand in the figure's words.
+        warnings.simplefilter("ignore", UserWarning)
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         FigureCanvasSVG(figure)
         figure.patch.set_visible(False)
@@ -89,6 +98,15 @@ def dressed(axes: Axes) -> Axes:
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
     return axes
+
+
+def has_place(value: float | None, *, logarithmic: bool = False) -> TypeGuard[float]:
+    """Whether a value can be drawn on a scale."""
+    if value is None or not math.isfinite(value):
+        return False
+    if value == 0:
+        return not logarithmic
+    return SMALLEST_DRAWN <= abs(value) <= LARGEST_DRAWN and (value > 0 or not logarithmic)
 
 
 def name_lines(axes: Axes, names: Sequence[str], labels: Sequence[str]) -> None:
@@ -148,7 +166,11 @@ def _legend_columns(names: Collection[str]) -> int:
 
 
 def elided(name: str, longest: int) -> str:
-    """A name that leaves room for the figure; the tables have it in full, and its ends tell most."""
+    """A name that leaves room for the figure; the tables have it in full, and its ends tell most.
+
+    It is on one line and without control characters, which neither matplotlib nor XML takes.
+    """
+    name = printable(" ".join(name.split()))
     if len(name) <= longest:
         return name
     return f"{name[: longest - 16]}…{name[-15:]}"
@@ -183,18 +205,23 @@ def _clean(text: str, name: str, words: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.S)
-    text = with_owners(re.sub(r'style="([^"]*)"', lambda match: _attributes(match.group(1)), text))
-    text = text.replace(INK, "currentColor")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    # Tags only: a name that looks like an attribute is text, and stays as it is.
+    text = re.sub(r"<[^>]*>", lambda tag: _clean_tag(tag.group(0), name), text)
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None, "matplotlib always writes a view box"
     return re.sub(r"^<svg[^>]*>", lambda _: _root(size.group(0), words), text).strip()
 
 
+def _clean_tag(tag: str, name: str) -> str:
+    tag = re.sub(r'style="([^"]*)"', lambda match: _attributes(match.group(1)), tag)
+    tag = with_owners(tag.replace(INK, "currentColor"))
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+
+
 def _root(view_box: str, words: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {view_box} '
-        f'role="img" aria-label="{html.escape(words)}" stroke-linejoin="round">'
+        f'role="img" aria-label="{html.escape(printable(words))}" stroke-linejoin="round">'
     )
 
 

@@ -6,15 +6,14 @@ them in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from bench.judge.comparison import Comparison
 from bench.record.forecast import BackendForecast, Forecast, Line
 from bench.show.card_plots import forecast_cards, measured_cards
 from bench.show.columns import number
-from bench.show.drawing import INK, Plot, finish, height_with_legend, legend_below, new_figure
+from bench.show.drawing import INK, Plot, finish, has_place, height_with_legend, legend_below, new_figure
 from bench.show.fit_forecast import outlooks_by_cards
 from bench.show.fit_view import uses_of
 from bench.show.owners import owner_id
@@ -53,7 +52,7 @@ def _step_by_depth(forecast: Forecast) -> Plot | None:
     shown = [
         (backend, line)
         for backend in forecast.backends
-        if (line := backend.line("step", "step")) is not None and any(map(_has_place, line.at_slices))
+        if (line := backend.line("step", "step")) is not None and any(map(has_place, line.at_slices))
     ]
     if not shown:
         return None
@@ -86,20 +85,20 @@ def _draw_line(
     """The slices as dots, the line through them, and at its end the interval and what was measured there."""
     (full, place), whose = ends, owner_id(backend.backend)
     look: Any = {"color": style.color, "marker": style.marker, "ms": 5, "gid": whose}
-    points = [(x, y) for x, y in zip(backend.slices, line.at_slices, strict=False) if _has_place(y)]
+    points = [(x, y) for x, y in zip(backend.slices, line.at_slices, strict=False) if has_place(y)]
     axes.plot([x for x, _ in points], [y for _, y in points], ls="", **look)
     if (
         line.fixed is not None
         and line.per_layer is not None
-        and _has_place(line.fixed + full * line.per_layer)
+        and has_place(line.fixed + full * line.per_layer)
     ):
         ends_at = [line.fixed, line.fixed + full * line.per_layer]
         axes.plot([0, full], ends_at, color=style.color, ls=style.line, lw=1.1, gid=whose)
-    if _has_place(line.predicted):
+    if has_place(line.predicted):
         axes.plot([place], [line.predicted], ls="", **look)
-    if _has_place(line.low) and _has_place(line.high):
+    if has_place(line.low) and has_place(line.high):
         axes.plot([place] * 2, [line.low, line.high], color=style.color, lw=1.6, marker="_", ms=7, gid=whose)
-    if _has_place(line.measured):
+    if has_place(line.measured):
         circle: Any = {"ls": "", "mfc": "none", "marker": "o", "ms": 10, "mew": 1.3, "gid": whose}
         axes.plot([place], [line.measured], color=INK, **circle)
     return _handle(color=style.color, marker=style.marker, ls=style.line, gid=whose)
@@ -107,9 +106,9 @@ def _draw_line(
 
 def _signs(shown: Sequence[tuple[BackendForecast, Line]]) -> dict[str, Line2D]:
     found = {}
-    if any(_has_place(line.low) for _, line in shown):
+    if any(has_place(line.low) for _, line in shown):
         found["95 % interval"] = _handle(color=INK, marker="_", ls="-", lw=1.6)
-    if any(_has_place(line.measured) for _, line in shown):
+    if any(has_place(line.measured) for _, line in shown):
         found["measured, all layers"] = _handle(color=INK, marker="o", mfc="none", ms=9, ls="")
     return found
 
@@ -129,6 +128,3 @@ def _in_words(backend: BackendForecast, line: Line, full: int) -> str:
     measured = "" if line.measured is None else f", measured {number(line.measured)}"
     return f"{backend.backend} {at}, {forecast}{measured}"
 
-
-def _has_place(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from bench.judge.comparison import Comparison
 from bench.judge.rows import Row, largest
-from bench.record.schema import BytesByKind, MemoryReading, Record
+from bench.record.memory import BytesByKind, MemoryReading
+from bench.record.schema import Record
 from bench.show.columns import MISSING, gib
 from bench.show.memory_plots import KINDS
 from bench.show.runs_shown import runs_shown

@@ -99,7 +99,7 @@ def _map(panel: Panel, top: float, name: str) -> Iterator[str]:
 
 def _axis(panel: Panel, top: float) -> Iterator[str]:
     width = (WIDTH - LEFT) / panel.layers
-    spacing = next(step for step in (1, 2, 5, 10, 20, 50, 100) if panel.layers / step <= 12)
+    spacing = next((s for s in (1, 2, 5, 10, 20, 50, 100) if panel.layers / s <= 12), panel.layers)
     for layer in range(0, panel.layers, spacing):
         yield _text(LEFT + (layer + 0.5) * width, top + 13, str(layer), size=9, anchor="middle")
     yield _text(LEFT - 5, top + 13, "step", size=9, anchor="end")

@@ -10,6 +10,7 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
 
 from bench.judge.headroom import Cell, Direction
@@ -66,7 +67,8 @@ def _worst(rows: Sequence[Sequence[Cell]]) -> tuple[Cell, ...]:
     def gravity(cell: Cell) -> tuple[bool, bool, float]:
         return not cell.non_finite, cell.bits is None, cell.bits or 0.0
 
-    return tuple(min(cells, key=gravity) for cells in zip(*rows, strict=True))
+    # A step that tells of fewer layers than another has no value in the rest.
+    return tuple(min(cells, key=gravity) for cells in zip_longest(*rows, fillvalue=Cell(None, None)))
 
 
 def boxes_of(panel: Panel) -> dict[Shade, list[Box]]:

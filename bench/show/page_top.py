@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.judge.comparison import Comparison
 from bench.judge.conditions import counted
-from bench.judge.groups import FIGURES, Summary
+from bench.judge.groups import FIGURES, Group, Summary
 from bench.judge.rows import Row
 from bench.judge.scaler import failing_steps
 from bench.judge.stability import BAD, VerdictName
@@ -63,14 +63,14 @@ def make_tiles(comparison: Comparison) -> list[Tile]:
     """Who needed least memory, who was fastest, and what went wrong."""
     tiles = []
     if comparison.groups:
-        summaries = comparison.groups[0].summaries
+        group = comparison.groups[0]
         several = len(comparison.groups) > 1
         of = ("in the largest group of alike runs",) if several else ()
         memory = _extreme(
-            summaries, "peak_memory_bytes", ("Lowest memory measured", "Memory"), "GiB at the peak", gib
+            group, "peak_memory_bytes", ("Lowest memory measured", "Memory"), "GiB at the peak", gib
         )
         speed = _extreme(
-            summaries, "tokens_per_second", ("Highest speed measured", "Speed"), "tokens/s", number
+            group, "tokens_per_second", ("Highest speed measured", "Speed"), "tokens/s", number
         )
         tiles = [Tile(t.title, t.answer, (*t.details, *of)) for t in (memory, speed) if t]
     if comparison.rows:
@@ -79,32 +79,52 @@ def make_tiles(comparison: Comparison) -> list[Tile]:
 
 
 def _extreme(
-    summaries: Sequence[Summary],
+    group: Group,
     field: str,
     titles: tuple[str, str],
     unit: str,
     form: Callable[[float | None], str],
 ) -> Tile | None:
-    """The better end of a figure and the next after it; the second title where there is no next."""
+    """The better end of a figure and the next after it; the second title where there is no next. Whoever
+    cannot be told apart from the first is named with it."""
     known = [
         (spread, summary)
-        for summary in summaries
+        for summary in group.summaries
         if (spread := summary.figures.get(field)) and math.isfinite(spread.median)
     ]
     if not known:
         return None
     known.sort(key=lambda pair: pair[0].median, reverse=FIGURES[field] == "highest")
-    best = known[0][0]
-    leaders = [summary for spread, summary in known if spread.median == best.median]
-    value, names = f"{form(best.median)} {unit}", " and ".join(_with_verdict(leader) for leader in leaders)
-    if len(leaders) == len(known):
-        return Tile(titles[1], names, (value, "nothing to compare it with" if len(known) == 1 else "equal"))
-    following, runner_up = known[len(leaders)]
-    overlap = best.low <= following.high and following.low <= best.high
-    doubt = ", but the ranges overlap" if overlap else ""
-    return Tile(
-        titles[0], names, (value, f"next: {_with_verdict(runner_up)}, {form(following.median)}{doubt}")
-    )
+    first = group.rankings[field].best
+    leading = {s.label for spread, s in known if spread.median == known[0][0].median}
+    if first is not None:
+        # Everyone ranked is first where nobody is surely better than anybody.
+        leading = set(first or group.rankings[field].standings)
+    leaders = [(spread, summary) for spread, summary in known if summary.label in leading]
+    others = [(spread, summary) for spread, summary in known if summary.label not in leading]
+    ends = list(dict.fromkeys(form(spread.median) for spread, _ in (leaders[0], leaders[-1])))
+    value = f"{' to '.join(ends)} {unit}"
+    names = " and ".join(_with_verdict(summary) for _, summary in leaders)
+    tie = "cannot be told apart" if len(ends) > 1 else "equal"
+    if not others:
+        return Tile(titles[1], names, (value, "nothing to compare it with" if len(known) == 1 else tie))
+    following, runner_up = others[0]
+    doubt = _doubt(group, field, leaders[0][1].label, runner_up.label)
+    told = (value, tie) if len(ends) > 1 else (value,)
+    following_in_words = f"next: {_with_verdict(runner_up)}, {form(following.median)}{doubt}"
+    return Tile(titles[0], names, (*told, following_in_words))
+
+
+def _doubt(group: Group, field: str, leader: str, runner_up: str) -> str:
+    """Why the next after the first may not be behind it at all."""
+    if group.rankings[field].best is not None:
+        standing = group.standing(field, runner_up)
+        return "" if standing and standing.rank is not None else ", not ranked: too few runs"
+    spreads = {summary.label: summary.figures.get(field) for summary in group.summaries}
+    one, other = spreads[leader], spreads[runner_up]
+    assert one is not None
+    assert other is not None
+    return ", but the ranges overlap" if one.low <= other.high and other.low <= one.high else ""
 
 
 def _with_verdict(summary: Summary) -> str:

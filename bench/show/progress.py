@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -111,6 +112,12 @@ class Display:
             self._task = None
 
     def _say(self, line: str) -> None:
+        # Where whoever read this has gone (``| head -1``), rich ends the program. The records are what it is
+        # run for, so that it goes on, and rich has turned the console off by then.
+        with suppress(SystemExit, BrokenPipeError):
+            self._print(line)
+
+    def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -153,4 +160,6 @@ def describe_end(record: Record) -> str:
         speed = f"{sum(step.tokens for step in measured) / seconds:,.0f} tokens/s, " if seconds else ""
         cached = ", loaded from cache" if record.load and record.load.from_cache else ""
         return f"{name}: completed in {record.wall_seconds:.0f} s, {speed}{len(record.steps)} steps{cached}"
+    if record.status == "skipped":
+        return f"{name}: skipped: {record.message}"
     return f"{name}: {record.status.replace('_', ' ')} in stage {record.stage}: {record.message}"

@@ -92,20 +92,20 @@ class RatioTable:
 
 
 def ratio_tables(comparison: Comparison) -> tuple[RatioTable, ...]:
-    """A table for each group in which at least one ratio has an interval."""
+    """A table for each group in which at least one backend shares two repeats with the baseline."""
     found = []
     for place, group in enumerate(comparison.groups, start=1):
-        fields = tuple(field for field in TITLES if _has_interval(group, field))
+        fields = tuple(field for field in TITLES if _repeated(group, field))
         if fields and len(group.summaries) > 1:
             where = f" (group {place})" if len(comparison.groups) > 1 else ""
             found.append(_table(group, fields, where))
     return tuple(found)
 
 
-def _has_interval(group: Group, field: str) -> bool:
+def _repeated(group: Group, field: str) -> bool:
     standings = group.rankings[field].standings
     return any(
-        one.ratio is not None and one.ratio.interval is not None
+        one.ratio is not None and one.ratio.pairs > 1
         for label, one in standings.items()
         if label != group.baseline
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from bench.judge.comparison import Comparison
 from bench.record.forecast import read_forecast
-from bench.record.store import write_atomically
 from bench.record.triage import read_triage
+from bench.record.writing import write_atomically
 from bench.show.drawing import Plot
 from bench.show.figures_csv import figures_csv
 from bench.show.files import parquet, png

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def fidelity_by_layer(rows: Sequence[Row], styles: Mapping[str, Style]) -> Plot 
         frame_values(axes, [value for band in bands.values() for value in band.drawn], logarithmic=True)
         legend_below(figure, legend)
         title = "Gradient beside the reference's, by layer"
-        return finish(figure, "gradient-fidelity", title, _fidelity_words(bands))
+        return finish(figure, "gradient-fidelity", title, _fidelity_words(bands, kinds))
 
 
 def _errors(row: Row) -> dict[int, float | None]:
@@ -54,10 +55,11 @@ def _errors(row: Row) -> dict[int, float | None]:
     return {place: layer.relative_error for place, layer in enumerate(layers)}
 
 
-def _fidelity_words(bands: Mapping[str, Band]) -> str:
+def _fidelity_words(bands: Mapping[str, Band], kinds: Mapping[str, Sequence[Row]]) -> str:
     parts = []
     for name, band in bands.items():
-        known = (*band.drawn, *(0.0 for _ in band.zero))
+        errors = [value for row in kinds[name] for value in _errors(row).values()]
+        known = [value for value in errors if value is not None and math.isfinite(value)]
         runs = f" ({band.runs} runs)" if band.runs > 1 else ""
         text = f"{number(min(known))} to {number(max(known))}" if known else "no finite value"
         broken = f", {len(band.broken)} of {len(band.places)} layers not finite" if band.broken else ""

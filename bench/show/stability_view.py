@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,8 @@ def _in_words(value: float | None, measure: Threshold) -> str:
 
 def factor_in_words(value: float | None) -> str:
     """A factor in full: powers of two are told apart by their last digits."""
-    if value is None:
-        return MISSING
+    if value is None or not math.isfinite(value):
+        return number(value)
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 

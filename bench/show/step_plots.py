@@ -12,7 +12,16 @@ from bench.judge.rows import Row, median, step_loss
 from bench.record.schema import Step
 from bench.show.bands import Band, band_of, draw_band
 from bench.show.columns import number
-from bench.show.drawing import INK, Plot, finish, height_with_legend, legend_below, name_lines, new_figure
+from bench.show.drawing import (
+    INK,
+    Plot,
+    finish,
+    has_place,
+    height_with_legend,
+    legend_below,
+    name_lines,
+    new_figure,
+)
 from bench.show.owners import owner_id
 from bench.show.styles import Style
 from bench.show.wording import ended, extremes
@@ -77,11 +86,13 @@ def strip(rows: Sequence[Row], styles: Styles, quantity: Quantity) -> Plot | Non
             style, whose = styles[line.label], owner_id(line.label)
             # Fanned out in their order, so that no dot hides another.
             count = len(line.dots)
+            dots = [value if has_place(value) else math.nan for value in line.dots]
             heights = [place + 0.5 * ((dot + 0.5) / count - 0.5) for dot in range(count)]
             look: Any = {"marker": style.marker, "mfc": "none", "color": style.color, "gid": whose}
-            axes.plot(line.dots, heights, ls="", **look)
+            axes.plot(dots, heights, ls="", **look)
             bar: Any = {"color": INK, "lw": 2, "solid_capstyle": "butt", "gid": whose}
-            axes.plot([line.middle] * 2, [place - 0.34, place + 0.34], **bar)
+            if has_place(line.middle):
+                axes.plot([line.middle] * 2, [place - 0.34, place + 0.34], **bar)
             at: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "gid": whose}
             axes.annotate(number(line.middle), (1.01, place), **at)
         name_lines(axes, [line.name for line in lines], [line.label for line in lines])

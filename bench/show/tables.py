@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from bench.errors import printable
 from bench.judge.comparison import Comparison
 from bench.judge.rows import Row, largest
 from bench.judge.scaler import spelt
@@ -143,11 +144,13 @@ def escaped(text: str) -> str:
     for sign in "\\`*[]|":
         text = text.replace(sign, f"\\{sign}")
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 # ---- CSV -----------------------------------------------------------------------------------------
 
+FORMULA = ("=", "+", "-", "@")
+"""What a formula begins with."""
 DERIVED = (
     "measured_steps", "step_seconds_median", "step_seconds_min", "step_seconds_max", "tokens_per_second",
     "first_loss", "last_loss", "gradient_norm_median", "gradient_norm_max", "non_finite_steps",
@@ -173,7 +176,12 @@ RECORDED: Mapping[str, tuple[str, ...]] = {
 
 
 def csv(comparison: Comparison) -> str:
-    """Every field of every run, raw, one run a line."""
+    """Every field of every run, raw, one run a line.
+
+    A spreadsheet takes a cell that begins with one of `FORMULA` for a formula, which can send what stands in
+    other cells elsewhere. A text that does so has an apostrophe before it, the spreadsheets' own sign for
+    text; numbers are left alone, -9 included.
+    """
     import pandas
 
     lines = [{name: _raw(value) for name, value in run_fields(row, comparison)} for row in comparison.rows]
@@ -229,4 +237,11 @@ def _raw(value: object) -> str | None:
     if isinstance(value, float):
         # pandas would write NaN as an empty cell, as if it were missing.
         return repr(value) if math.isfinite(value) else spelt(value)
-    return str(value)
+    return cell_text(value) if isinstance(value, str) else str(value)
+
+
+def cell_text(text: str) -> str:
+    """A text of a record as a cell of a CSV: printable, and no formula."""
+    text = printable(text)
+    # Spreadsheets pass over leading white space.
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text

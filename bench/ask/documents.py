@@ -1,0 +1,26 @@
+"""JSON that somebody else wrote: read whole, or refused with one reason.
+
+``parsed(text)`` is ``json.loads`` without its surprises: whatever is wrong is a ValueError.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+
+def parsed(text: str | bytes, whole: Callable[[str], int] = int) -> Any:
+    """The value of a JSON text; ``whole`` reads its whole numbers. Raises ValueError, with the reason.
+
+    Besides what is no JSON, that is what is nested more deeply than can be read, and text that holds half of
+    a surrogate pair: JSON can spell it, and no file, tokenizer or terminal can take it.
+    """
+    try:
+        value = json.loads(text, parse_int=whole)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    return value

@@ -1,0 +1,166 @@
+"""What watching costs: the same training step in several ways, on one model, interleaved in one process.
+
+    python -m bench.run.probe_cost [--preset NAME] [--backend ID] [--rounds N] [--all]      (``make probes``)
+
+    bare         as it would be written by hand (``bench.run.bare``)
+    unobserved   the harness's loop with no probe
+    observed     with the always-on probe, as every run has it
+    trace        with the fine hooks of --trace                                     (--all)
+    anomaly      unobserved, under torch.autograd.detect_anomaly                     (--all)
+    debug        unobserved, under transformers' DebugUnderflowOverflow              (--all)
+
+In each round every way runs once, in rotating order, so that drift of the machine hits all alike; the ratio
+of a round to its own unobserved step is one value. One process tells the parts of the loop apart more finely
+than several can, and says nothing about the next process: for that there is ``qlora-bench overhead``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+from bench.errors import UserError
+from bench.load.model import linear_shapes
+from bench.load.registry import foreign_libraries, get_backend
+from bench.run.arrange import Asked
+from bench.run.bare import bare_step, read_batches
+from bench.run.building import Builder
+from bench.run.events import Channel
+from bench.run.isolation import WatchedVariables, apply_settings, hide_packages
+from bench.run.order import Order
+from bench.run.overhead import arrange_overhead
+from bench.run.training import one_step
+from bench.run.watch import Watch
+
+WARMUP_ROUNDS = 2
+BASE = "unobserved"
+
+Way = Callable[[], AbstractContextManager[Callable[[], object]]]
+"""Enters what must be in place, outside of the time taken, and gives the step."""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="cost of the probes, and of the harness's loop")
+    parser.add_argument("--preset", default="proxy")
+    parser.add_argument("--backend", default="bnb-nf4")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--all", action="store_true", help="with --trace, detect_anomaly, DebugUnderflowOverflow"
+    )
+    asked = parser.parse_args()
+    apply_settings()
+    try:
+        order, headline = arrange_overhead(Asked(preset=asked.preset, backends=(asked.backend,)))
+    except UserError as error:
+        sys.exit(f"probe_cost: {error}")
+    hide_packages(foreign_libraries(get_backend(asked.backend).backend))
+    print(headline)
+    ratios = measure(Subject(order).ways(everything=asked.all), asked.rounds)
+    print("step time over the unobserved step of the same round")
+    for name, values in ratios.items():
+        cuts = statistics.quantiles(values, n=20)
+        spread = f"5 % to 95 % {cuts[0]:.4f} to {cuts[-1]:.4f}"
+        print(f"  {name:<11} median {statistics.median(values):.4f}   {spread}   over {len(values)} rounds")
+
+
+def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Ratio to the unobserved step in each round, after two rounds of warm-up."""
+    ratios: dict[str, list[float]] = {name: [] for name in ways if name != BASE}
+    names = list(ways)
+    for place in range(rounds + WARMUP_ROUNDS):
+        seconds = {}
+        turn = place % len(names)
+        for name in names[turn:] + names[:turn]:
+            with ways[name]() as step:
+                began = time.perf_counter()
+                step()
+                seconds[name] = time.perf_counter() - began
+        if place >= WARMUP_ROUNDS:
+            for name, values in ratios.items():
+                values.append(seconds[name] / seconds[BASE])
+    return ratios
+
+
+class Subject:
+    """One model that is trained in every way."""
+
+    def __init__(self, order: Order) -> None:
+        request = order.request
+        torch.set_num_threads(request.cpu_threads)
+        # Nobody listens to what building tells of its progress.
+        channel = Channel(os.open(os.devnull, os.O_WRONLY))
+        builder = Builder(order, channel, WatchedVariables())
+        _, empty, _ = builder.open(request, order.model_folder)
+        self._linears = tuple(linear_shapes(empty))
+        self.trainer, self._bare_reader = builder.trainer_of(request), builder.reader()
+        self._steps = 0
+
+    def ways(self, *, everything: bool) -> dict[str, Way]:
+        """Name -> how the step is done."""
+        ways: dict[str, Way] = {"bare": self._bare, BASE: self._harness, "observed": self._observed}
+        if everything:
+            ways |= {"trace": self._trace, "anomaly": self._anomaly, "debug": self._debug}
+        return ways
+
+    def _step(self) -> object:
+        self._steps += 1
+        return one_step(self.trainer, self._steps)
+
+    @contextlib.contextmanager
+    def _bare(self) -> Iterator[Callable[[], object]]:
+        yield lambda: bare_step(self.trainer, read_batches(self.trainer, self._bare_reader))
+
+    @contextlib.contextmanager
+    def _harness(self) -> Iterator[Callable[[], object]]:
+        yield self._step
+
+    @contextlib.contextmanager
+    def _watched(self, *, fine: bool) -> Iterator[Callable[[], object]]:
+        trainer = self.trainer
+        trainer.watch = Watch(
+            trainer.adapters, self._linears, {}, trainer.devices[0], trainer.dtype, fine=fine
+        )
+        try:
+            yield self._step
+        finally:
+            trainer.watch.remove()
+            trainer.watch = None
+
+    def _observed(self) -> AbstractContextManager[Callable[[], object]]:
+        return self._watched(fine=False)
+
+    def _trace(self) -> AbstractContextManager[Callable[[], object]]:
+        return self._watched(fine=True)
+
+    @contextlib.contextmanager
+    def _anomaly(self) -> Iterator[Callable[[], object]]:
+        with torch.autograd.detect_anomaly():
+            yield self._step
+
+    @contextlib.contextmanager
+    def _debug(self) -> Iterator[Callable[[], object]]:
+        from transformers.debug_utils import DebugUnderflowOverflow
+
+        modules = list(self.trainer.adapters.model.modules())
+        # It has no way to take its hooks off.
+        before = [OrderedDict(module._forward_hooks) for module in modules]
+        DebugUnderflowOverflow(self.trainer.adapters.model)
+        try:
+            yield self._step
+        finally:
+            for module, hooks in zip(modules, before, strict=True):
+                module._forward_hooks = hooks
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What is planted, run by run: each function runs one session and yields what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from bench.judge.rows import make_rows
+from tests.truth import verdicts
+from tests.truth.adapters import MIB, TWINS
+from tests.truth.session import Session
+from tests.truth.verdicts import Finding
+
+DELAY = 0.05
+"""Of the step."""
+DELAY_REPEATS = 10
+HELD_MIB = 64
+HELD_REPEATS = 3
+HELD = {"planted-holds-load": "loaded", "planted-holds-forward": "forward",
+        "planted-holds-backward": "backward", "planted-holds-optimizer": "optimizer_step"}  # fmt: skip
+LEAK_MIB = 2
+PLAIN = TWINS[0]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of it: the same adapter twice costs the most by far."""
+
+    comparisons: int = 20
+    repeats: int = 5
+    """Of each comparison."""
+
+
+def the_same_twice(session: Session, amount: Amount) -> Iterator[Finding]:
+    records = session.run("twice", TWINS, repeats=amount.comparisons * amount.repeats)
+    yield from verdicts.judge_ties(records, TWINS, amount.repeats)
+
+
+def delay(session: Session, amount: Amount) -> Iterator[Finding]:
+    """Calibrated by two runs; what was planted is then taken as a share of the step beside it."""
+    before = make_rows(session.run("before-delay", [PLAIN], repeats=2))
+    step = median(row.step_seconds_median or 0.0 for row in before)
+    layers = before[0].record.quantization.layers if before[0].record.quantization else 0
+    seconds = DELAY * step / layers
+    records = session.run("delay", [PLAIN, "planted-delay"], repeats=DELAY_REPEATS,
+                          settings=[f"planted-delay.delay_seconds={seconds:.9f}"])  # fmt: skip
+    yield verdicts.judge_delay(records, PLAIN, "planted-delay", seconds * layers)
+
+
+def held(session: Session, amount: Amount) -> Iterator[Finding]:
+    settings = [f"{name}.mebibytes={HELD_MIB}" for name in HELD]
+    records = session.run("held", [PLAIN, *HELD], repeats=HELD_REPEATS, settings=settings)
+    for name, phase in HELD.items():
+        yield verdicts.judge_held(records, PLAIN, name, phase, HELD_MIB * MIB)
+
+
+def leak(session: Session, amount: Amount) -> Iterator[Finding]:
+    records = session.run("leak", [PLAIN, "planted-leaks"], settings=[f"planted-leaks.mebibytes={LEAK_MIB}"])
+    yield verdicts.judge_leak(records, PLAIN, "planted-leaks", LEAK_MIB * MIB)
+
+
+def refused(session: Session, amount: Amount) -> Iterator[Finding]:
+    """What is proven to be another training than it says, and refused."""
+    changed = ("planted-other-data-behind-the-reader", "planted-other-ids-in-the-model")
+    liars = ("bad-secretly-dense", "planted-skips-layers", "planted-trains-the-base", "bad-cuts-the-graph",
+             *changed)  # fmt: skip
+    records = session.run("refused", liars)
+    yield verdicts.judge_refused(
+        records, "bad-secretly-dense", "16 bits per weight under the name of 4.5", "quantized",
+        "holds 16.000 bits per weight, the arithmetic says 4.500",
+    )  # fmt: skip
+    yield verdicts.judge_refused(
+        records, "planted-skips-layers", "every second layer left unquantized", "quantized",
+        "holds 16.000 bits per weight",
+    )  # fmt: skip
+    yield verdicts.judge_refused(
+        records, "planted-trains-the-base", "the norms' weights are trained too", "base_frozen",
+        "norm.weight is not frozen",
+    )  # fmt: skip
+    yield verdicts.judge_refused(
+        records, "bad-cuts-the-graph", "no gradient passes a layer", "gradients_reach_adapters", "gradient",
+    )  # fmt: skip
+    for name in changed:
+        yield verdicts.judge_refused(
+            records, name, "other ids than those of the digest", "data_consumed", "not those of the digest"
+        )
+
+
+def hidden_weights(session: Session, amount: Amount) -> Iterator[Finding]:
+    records = session.run("hidden", [PLAIN, "planted-hidden-dense-copy"])
+    yield verdicts.judge_hidden_weights(records, PLAIN, "planted-hidden-dense-copy")
+
+
+def other_data(session: Session, amount: Amount) -> Iterator[Finding]:
+    records = session.run("other-data", [*TWINS, "planted-other-data"])
+    yield verdicts.judge_split(
+        records, "planted-other-data", "trains on other conversations",
+        "token ids, labels and masks (digest)", session.report("other-data"),
+    )  # fmt: skip
+
+
+def other_adapters(session: Session, amount: Amount) -> Iterator[Finding]:
+    records = session.run("other-adapters", [*TWINS, "planted-other-adapters"])
+    yield verdicts.judge_split(
+        records, "planted-other-adapters", "LoRA drawn from another seed",
+        "initial LoRA values (digest)", session.report("other-adapters"),
+    )  # fmt: skip
+
+
+PLANTS: dict[str, Callable[[Session, Amount], Iterator[Finding]]] = {
+    "other-data": other_data,
+    "other-adapters": other_adapters,
+    "refused": refused,
+    "hidden-weights": hidden_weights,
+    "leak": leak,
+    "held": held,
+    "delay": delay,
+    "twice": the_same_twice,
+}
+"""Name -> what runs it, the quick ones first."""
