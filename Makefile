@@ -65,6 +65,9 @@ soak: $(READY) ## The long proofs: every planted fault, kill -9 at random moment
 docs: $(READY) ## Write docs/record.md and the record's JSON Schema out of the models
 	$(BIN)/python -m bench.show.field_reference
 
+gallery: $(READY) ## Draw the pictures of the README and of docs/gallery.md (needs a Chromium)
+	$(BIN)/python -m tests.gallery
+
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
