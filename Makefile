@@ -62,8 +62,9 @@ stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margi
 soak: $(READY) ## The long proofs: every planted fault, kill -9 at random moments, 20,000 bad inputs
 	$(BIN)/python -m pytest --timeout=7200 -m soak $(FLAGS)
 
-docs: $(READY) ## Write docs/record.md and the record's JSON Schema out of the models
+docs: $(READY) ## Write docs/record.md, docs/commands.md and the record's JSON Schema out of the code
 	$(BIN)/python -m bench.show.field_reference
+	$(BIN)/python -m bench.cli.reference
 
 gallery: $(READY) ## Draw the pictures of the README and of docs/gallery.md (needs a Chromium)
 	$(BIN)/python -m tests.gallery
