@@ -37,7 +37,8 @@ class DecisionText:
     rest: str
     """Whether the gradients survived, and how sure that is; empty where there is no choice."""
     others: tuple[str, ...]
-    """One line for each backend that could be chosen and does not lead in everything."""
+    """One line for each backend that could be chosen and does not lead in everything, and one for the
+    unquantized reference."""
     out: tuple[str, ...]
     """One line for each backend that is no choice, with its reason."""
 
@@ -57,7 +58,7 @@ def decision_of(comparison: Comparison) -> DecisionText | None:
     return DecisionText(
         lead=lead,
         rest=" ".join(more),
-        others=tuple(_standing(one, decision) for one in rest),
+        others=(*(_standing(one, decision) for one in rest), *_unquantized(decision)),
         out=tuple(dict.fromkeys((
             *map(_broken, decision.broken),
             *_apart(comparison),
@@ -76,12 +77,18 @@ def _sentence(decision: Decision) -> Iterator[str]:
     elif len(decision.both) == len(decision.candidates):
         yield f"{_listed(decision.candidates)} cannot be told apart, in memory or in speed."
     elif decision.both:
-        yield _both(decision)
+        yield f"{_among(decision)}{_both(decision)}"
     else:
-        yield f"{', '.join(_lead(decision, f) for f in WEIGHED if f in decision.leaders)}{_price(decision)}."
+        leads = ", ".join(_lead(decision, field) for field in WEIGHED if field in decision.leaders)
+        yield f"{_among(decision)}{leads}{_price(decision)}."
     yield from _stability(decision)
     if not decision.ranked and len(decision.candidates) > 1:
         yield "Each ran once: this is what was measured, and small differences can be chance."
+
+
+def _among(decision: Decision) -> str:
+    """Whom the superlatives are about: the reference may be faster than all of them."""
+    return "Of the quantized backends, " if decision.reference else ""
 
 
 def _both(decision: Decision) -> str:
@@ -141,6 +148,19 @@ def _standing(one: Candidate, decision: Decision) -> str:
             level = f"level in {'memory' if field == MEMORY else 'speed'}"
             parts.append(_amount(difference, field) if difference.better is False else level)
     return f"{one.label}: {', '.join(parts)}; {words(one.summary.verdict.verdict)}"
+
+
+def _unquantized(decision: Decision) -> Iterator[str]:
+    """What quantization saves and costs: the reference beside who leads in each figure."""
+    one = decision.reference
+    if one is None or not one.differences:
+        return
+    parts = []
+    for field, difference in one.differences.items():
+        leader = decision.leaders[field][0].label
+        level = f"level in {'memory' if field == MEMORY else 'speed'} with {leader}"
+        parts.append(level if difference.better is None else f"{_amount(difference, field)} than {leader}")
+    yield f"{one.label}, not quantized: {', '.join(parts)}; {words(one.summary.verdict.verdict)}"
 
 
 def _amount(difference: Difference, field: str) -> str:
