@@ -29,7 +29,7 @@ class Picture:
     records: str
     """Folder under `RECORDS`."""
     section: str | None = None
-    """Id of the section that is shown; None: the top of the page."""
+    """Id of the heading or section at the top of the picture; None: the page's own."""
     width: int = 1280
     height: int = 1180
     dark: bool = False
@@ -37,10 +37,11 @@ class Picture:
 
 GALLERY = (
     Picture("report", "smollm2-135m"),
-    Picture("gallery/smollm2-stability", "smollm2-135m", "stability"),
+    Picture("gallery/smollm2-comparison", "smollm2-135m", "comparison"),
+    Picture("gallery/smollm2-stability", "smollm2-135m", "loss"),
     Picture("gallery/smollm2-phone", "smollm2-135m", width=390, height=844, dark=True),
     Picture("gallery/forecast-top", "forecast-proxy"),
-    Picture("gallery/forecast-fit", "forecast-proxy", "fit"),
+    Picture("gallery/forecast-lines", "forecast-proxy", "forecast", height=1500),
 )
 
 
@@ -54,6 +55,7 @@ def draw(picture: Picture, page: Path, into: Path) -> Path:
             page,
             viewport={"width": picture.width, "height": picture.height},
             color_scheme="dark" if picture.dark else "light",
+            reduced_motion="reduce",
         )
         if picture.section:
             tab.locator(f"#{picture.section}").evaluate("section => section.scrollIntoView()")

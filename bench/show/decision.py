@@ -142,7 +142,7 @@ def _standing(one: Candidate, decision: Decision) -> str:
     """One backend beside the leaders."""
     parts = []
     for field, difference in one.differences.items():
-        if decision.leaders[field][0] is one:
+        if decision.leaders[field] == (one,):
             parts.append(LEADS[field])
         else:
             level = f"level in {'memory' if field == MEMORY else 'speed'}"
