@@ -2,7 +2,8 @@
 
 ``find_leak(record)`` looks at the memory after each measured step: reserved by the allocator on CUDA,
 resident on a CPU. A heap that settles grows less and less, and one larger piece makes one jump; a leak is as
-steep at the end as at the beginning.
+steep at the end as at any time before. At the beginning it may be less steep: what the load and the first
+steps freed takes in the first of what is leaked, and the process does not grow yet.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ FEWEST_STEPS: Final = 12
 BYTES_PER_STEP: Final = 2**20
 """Less is passed over: a gigabyte in a thousand steps."""
 STEADY: Final = 0.6
-"""Of the growths from quarter to quarter of the steps, the smallest is at least this share of the largest.
-Growth like a square root gives 0.56, like a logarithm 0.31, a single jump 0."""
+"""Of the growths from quarter to quarter of the steps, the second and the third are at least this share of
+the largest. Growth like a square root gives 0.56, like a logarithm 0.31, a single jump 0."""
+BEGUN: Final = 0.25
+"""And the first is at least this share: what begins halfway is two jumps as well as a leak."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def find_leak(record: Record) -> Leak | None:
     medians = [median(kept[place * quarter : (place + 1) * quarter]) for place in range(4)]
     growths = [later - earlier for earlier, later in pairwise(medians)]
     slope = (medians[-1] - medians[0]) / (3 * quarter)
-    if slope < BYTES_PER_STEP or min(growths) < STEADY * max(growths):
+    first, *later = growths
+    steady = first >= BEGUN * max(growths) and min(later) >= STEADY * max(growths)
+    if slope < BYTES_PER_STEP or not steady:
         return None
     return Leak(slope, len(values), "reserved" if reserved else "resident")
