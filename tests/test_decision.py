@@ -185,3 +185,18 @@ def test_what_broke_dominates_nothing_and_is_crossed_out() -> None:
 
 def test_there_is_no_figure_of_a_single_backend() -> None:
     assert not [plot for plot in plots(compare([record("hqq")])) if plot.name == "pareto"]
+
+
+def test_runs_of_another_model_are_another_question() -> None:
+    def of_model(name: str, backend: str) -> Record:
+        made = record(backend)
+        model = made.request.model.model_copy(update={"name": name, "note": f"a remark on {name}"})
+        work = made.workload and made.workload.model_copy(update={"digest": name})
+        return made.model_copy(update={
+            "request": made.request.model_copy(update={"model": model}), "workload": work,
+        })  # fmt: skip
+
+    text = told([of_model("one", b) for b in ("bnb-nf4", "hqq", "bf16")] + [of_model("two", "bnb-nf4")])
+    assert text.out == ("1 run of two: another model; compare them by themselves",)
+    assert "a remark" not in text.sentence + "".join(text.others)
+    assert "bnb-nf4 (model=one)" in text.sentence

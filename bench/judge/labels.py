@@ -52,13 +52,17 @@ def _telling(asked: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
 
 
 def _setting(path: str) -> str:
-    """The setting's name by itself; of a stressed layer the whole name, for every layer has such a one."""
+    """The setting's name by itself; of a stressed layer the whole name, for every layer has such a one, and
+    of the model that it is one."""
+    if path == "model.name":
+        return "model"
     return path if path.startswith("stress.") else path.rsplit(".", 1)[-1]
 
 
 def _lasting(record: Record) -> dict[str, Any]:
     """All of a request but what changes from repeat to repeat, and what no result depends on."""
-    return record.request.model_dump(mode="json", exclude={"seed", "repeat", "timeout_seconds", "preset"})
+    left_out = {"seed": True, "repeat": True, "timeout_seconds": True, "preset": True, "model": {"note"}}
+    return record.request.model_dump(mode="json", exclude=left_out)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -16,6 +16,7 @@ from bench.judge.groups import Summary
 from bench.judge.rows import Row
 from bench.judge.stability import BAD
 from bench.show.columns import gib, number, outcome, words
+from bench.show.page_top import count
 from bench.show.runs_shown import runs_shown
 
 MORE_LESS: Mapping[str, tuple[str, str]] = {
@@ -202,13 +203,24 @@ def _broken(summary: Summary) -> str:
 
 def _apart(comparison: Comparison) -> Iterator[str]:
     """Quantized backends that are not alike the others, with what they differ in."""
+    model = _model_of(comparison.groups[0].summaries)
     for group in comparison.groups[1:]:
+        if (other := _model_of(group.summaries)) != model:
+            # Another question, with an answer of its own: no reason against any of them.
+            yield f"{count(len(group.rows), 'run')} of {other}: another model; compare them by themselves"
+            continue
         why = [f"{one.name} {one.here} instead of {one.there}" for one in group.differences[:NAMED]]
         for one in group.summaries:
             if one.verdict.verdict in BAD and not is_reference(one):
                 yield _broken(one)
             elif not is_reference(one):
                 yield f"{one.label}: stands apart ({'; '.join(why) or 'no repeat in common'})"
+
+
+def _model_of(summaries: Sequence[Summary]) -> str:
+    """Which model a group trained; of a slice, with its number of layers."""
+    model = summaries[0].rows[0].record.request.model
+    return model.name if model.layers is None else f"{model.name}, {count(model.layers, 'layer')}"
 
 
 def _failed(rows: Sequence[Row]) -> Iterator[str]:
