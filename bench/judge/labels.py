@@ -61,7 +61,7 @@ def _setting(path: str) -> str:
 
 def _lasting(record: Record) -> dict[str, Any]:
     """All of a request but what changes from repeat to repeat, and what no result depends on."""
-    left_out = {"seed": True, "repeat": True, "timeout_seconds": True, "preset": True, "model": {"note"}}
+    left_out: Any = {"seed": True, "repeat": True, "timeout_seconds": True, "preset": True, "model": {"note"}}
     return record.request.model_dump(mode="json", exclude=left_out)
 
 
