@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bench.run import one_by_one
+from tests.browser import find_browser, launched
 from tests.command import Command
 from tests.fake_worker import FakeWorker, Outcome
 from tests.front import front  # noqa: F401
 from tests.misbehaving import install
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 def _keep_to_one_core() -> None:
@@ -39,6 +44,16 @@ def command_with_strangers(command: Command, tmp_path_factory: pytest.TempPathFa
     site = tmp_path_factory.mktemp("site")
     install(site)
     return Command(command.cache, site)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A real Chromium; tests that need one are skipped where there is none."""
+    if find_browser() is None:
+        pytest.skip("no Chromium on this machine")
+    pytest.importorskip("playwright.sync_api")
+    with launched() as chromium:
+        yield chromium
 
 
 @pytest.fixture

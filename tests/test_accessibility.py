@@ -13,7 +13,6 @@ from bench.record.store import Store
 from bench.record.triage import save_triage
 from bench.show.page import page
 from bench.show.report import write_report
-from tests.browser import find_browser, launched
 from tests.fit_factory import forecast
 from tests.record_factory import eight_backends, failed, margin_runs, triage
 from tests.sweep_factory import sweep
@@ -48,15 +47,6 @@ def with_forecast(folder):
 
 def many_runs(folder):
     return write_report(compare(sweep(200)), folder, ("html",)).html
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if find_browser() is None:
-        pytest.skip("no Chromium on this machine")
-    pytest.importorskip("playwright.sync_api")
-    with launched() as chromium:
-        yield chromium
 
 
 # One page with most of what there is in the quick tests; each of the others takes as long again.

@@ -18,7 +18,6 @@ from bench.show.page import page
 from bench.show.plots import plots
 from bench.show.report import write_report
 from bench.show.tables import csv, markdown
-from tests.browser import find_browser, launched
 from tests.fit_factory import WEIGHT_GIB, backend_forecast, forecast, lines, on_cards, outlook
 from tests.record_factory import GIB, eight_backends, failed, memory, record
 from tests.test_page import EVIL, opened
@@ -340,14 +339,6 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fit")
     save_forecast(folder, forecast(*(backend_forecast(backend, verify=True) for backend in FIVE)))
     return write_report(compare([on_cards(backend) for backend in FIVE]), folder).html
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if find_browser() is None:
-        pytest.skip("no Chromium on this machine")
-    with launched() as found:
-        yield found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -128,6 +128,13 @@ def test_repeats_give_peaks_and_load_an_interval_and_one_repeat_gives_none():
     assert three.error is None
 
 
+def test_no_interval_of_seconds_goes_below_zero():
+    shaken = [repeat_of((2, 4), index=i, load_seconds=seconds) for i, seconds in enumerate((0.1, 3.0, 0.2))]
+    line = backend_forecast(PAIR, shaken, None).line("load", "load")
+    assert line.low == 0
+    assert line.high - line.predicted > line.predicted
+
+
 def test_the_step_line_comes_from_the_turns():
     rounds = [
         {2: 9.9, 4: 9.9, 24: 9.9},

@@ -35,7 +35,6 @@ from bench.show.progress import Display
 from bench.show.runs_shown import margins_of
 from bench.show.tables import csv, markdown, terminal_table
 from bench.show.terminal import Terminal
-from tests.browser import find_browser, launched
 from tests.fit_factory import forecast
 from tests.front import CONTROL, Front
 from tests.planting import filled, literals, texts_of
@@ -141,15 +140,6 @@ depends on the length of the names beside it."""
 DRAWN = """() => [...new Set([...document.querySelectorAll('svg *')].flatMap(element =>
     [element.tagName, ...[...element.attributes].map(attribute => '@' + attribute.name)]))].sort()"""
 """The kinds of elements and attributes inside the figures."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if find_browser() is None:
-        pytest.skip("no Chromium on this machine")
-    pytest.importorskip("playwright.sync_api")
-    with launched() as chromium:
-        yield chromium
 
 
 def opened(browser: Browser, path: Path, **options: Any) -> tuple[Page, list[str]]:

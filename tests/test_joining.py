@@ -13,7 +13,7 @@ from bench.record.joining import join
 from bench.record.schema import Record
 from bench.record.slices import save_slice
 from bench.record.store import Store, read_record
-from tests.command import Command
+from tests.command import ROOT, Command
 from tests.front import Ended, Front
 from tests.record_factory import eight_backends, failed
 
@@ -169,3 +169,22 @@ def test_shards_run_apart_are_the_runs_of_the_whole(command: Command, tmp_path: 
         return record.key, record.workload.digest, record.lora.initial_digest, losses
 
     assert sorted(map(work, joined.records)) == sorted(map(work, Store(tmp_path / "whole").records()))
+
+
+def test_a_forecast_s_slices_are_no_runs_of_the_model_wherever_the_report_is_written(tmp_path: Path) -> None:
+    folder = ROOT / "results" / "xeon-2-cores" / "forecast-proxy"
+    done = report(folder, "--out", tmp_path, "--format", "csv,markdown")
+    assert done.code == 0, done.err
+    full = list(folder.glob("*.record.json"))
+    assert len(list(folder.rglob("*.record.json"))) > len(full) == 24
+    assert len((tmp_path / "report.csv").read_text().splitlines()) == len(full) + 1
+    assert "Forecast of the whole model" in (tmp_path / "report.md").read_text()
+
+
+def test_a_folder_that_is_not_there_is_named_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = report("nowhere")
+    assert (done.code, done.out) == (2, "")
+    assert "'nowhere' is not a folder of records" in done.err

@@ -12,7 +12,7 @@ from bench.record.triage import save_triage
 from bench.show.columns import COLUMNS, MISSING, sections
 from bench.show.page import headline, page
 from bench.show.report import write_report
-from tests.browser import find_browser, launched, opened
+from tests.browser import opened
 from tests.record_factory import (
     FAILING_MODULE,
     eight_backends,
@@ -348,15 +348,6 @@ def test_the_report_is_files(tmp_path):
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if find_browser() is None:
-        pytest.skip("no Chromium on this machine")
-    pytest.importorskip("playwright.sync_api")
-    with launched() as chromium:
-        yield chromium
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,10 @@ from bench.judge.comparison import compare
 from bench.record.triage import save_triage
 from bench.show.columns import COLUMNS, sections
 from bench.show.page import page
-from tests.browser import find_browser, launched, opened
+from tests.browser import opened
 from tests.fit_factory import forecast
 from tests.record_factory import eight_backends, fidelity, margin_runs, probed, record, triage
 from tests.test_page import realistic_records
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if find_browser() is None:
-        pytest.skip("no Chromium on this machine")
-    pytest.importorskip("playwright.sync_api")
-    with launched() as chromium:
-        yield chromium
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def report(
     for note in joined.notes:
         click.echo(one_line(note), err=True)
     _, files = written_report(
-        joined.records, out or folders[0], allow, baseline, formats, notes=joined.notes
+        joined.records, out or folders[0], allow, baseline, formats, notes=joined.notes, sources=folders
     )
     if as_json:
         click.echo(json.dumps(_paths(files)))
@@ -161,25 +161,28 @@ def written_report(
     formats: Collection[str] | None = None,
     refresh_seconds: float | None = None,
     notes: Sequence[str] = (),
+    sources: Sequence[Path] = (),
 ) -> tuple[Comparison, ReportFiles]:
-    """Write the report of ``records``, and of the triage in ``folder`` where there is one.
+    """Write the report of ``records``, and of a triage and a forecast beside them, into ``folder``.
 
     ``baseline``: the label that ratios are to. ``formats``: see ``bench.show.report``; None: the usual ones.
-    ``refresh_seconds``: how often the page loads itself again. ``notes``: of the set itself. Raises
-    UserError where no completed run has the baseline.
+    ``refresh_seconds``: how often the page loads itself again. ``notes``: of the set itself.
+    ``sources``: where the records are from; none: ``folder``. Raises UserError where no completed run has the
+    baseline.
     """
     from bench.judge.comparison import compare
     from bench.record.forecast import forecasts_below
     from bench.record.triage import triages_below
     from bench.show.report import DEFAULT_FORMATS, write_report
 
+    sources = sources or (folder,)
     # One by one, a ladder's runs would hide what they were run for; they stand in the ladder.
-    aside = {key for triage in triages_below(folder) for key in triage.rung_keys}
+    aside = {key for one in sources for triage in triages_below(one) for key in triage.rung_keys}
     # A slice is no run of the model; it stands in the forecast.
-    aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
+    aside |= {key for one in sources for forecast in forecasts_below(one) for key in forecast.slice_keys}
     shown = [record for record in records if record.key not in aside] or records
     comparison = compare(shown, allow, baseline, notes)
-    files = write_report(comparison, folder, formats or DEFAULT_FORMATS, refresh_seconds)
+    files = write_report(comparison, folder, formats or DEFAULT_FORMATS, refresh_seconds, sources)
     return comparison, files
 
 

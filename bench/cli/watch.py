@@ -73,12 +73,14 @@ def _stamps(folder: Path) -> dict[Path, int]:
 def _written(folder: Path, allow: frozenset[str], refresh_seconds: float | None) -> Path | None:
     """Write the page and tell how it stands; a record that cannot be read is said and does not end it."""
     from bench.cli.reports import written_report
-    from bench.record.store import Store
+    from bench.record.joining import join
     from bench.show.terminal import say
 
     try:
-        records = list(Store(folder).records())
-        comparison, files = written_report(records, folder, allow, refresh_seconds=refresh_seconds)
+        joined = join([folder])
+        comparison, files = written_report(
+            joined.records, folder, allow, refresh_seconds=refresh_seconds, notes=joined.notes
+        )
     except UserError as error:
         click.echo(f"{time.strftime('%H:%M:%S')}  {error}", err=True)
         return None

@@ -96,7 +96,8 @@ def _line(
         lines = [through({depth: table[depth] for depth in slices}) for table in whole_tables]
         half = spread([float(one.at(full)) for one in lines if one])
         if half is not None:
-            low, high = float(predicted) - half, float(predicted) + half
+            # A straight line knows nothing of what is measured: seconds and bytes end at zero.
+            low, high = max(float(predicted) - half, 0.0), float(predicted) + half
     measured = typical(tables, (full,)).get(full)
     return Line(
         name=name,

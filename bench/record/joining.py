@@ -29,8 +29,12 @@ class Joined:
 def join(folders: Sequence[Path]) -> Joined:
     """The records in ``folders`` and below them. Raises BrokenFile as `Store.records` does."""
     # A folder that is named twice, or that another one contains, is read once.
-    own = list(dict.fromkeys(folder.resolve() for folder in folders))
-    roots = [root for root in own if not any(root.is_relative_to(other) for other in own if other != root)]
+    given = {folder.resolve(): folder for folder in folders}
+    roots = [
+        folder
+        for whole, folder in given.items()
+        if not any(whole.is_relative_to(other) for other in given if other != whole)
+    ]
     read = [record for folder in roots for record in Store(folder).records()]
     kept, twice = _once(read)
     slices = [document for folder in roots for document in slices_below(folder)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from types import SimpleNamespace
@@ -35,8 +34,18 @@ from bench.show.margin import bits_in_words, dtype_in_words, ending_in_words
 from bench.show.marks import best_legend
 from bench.show.owners import owned
 from bench.show.page_facts import environment_facts, make_cell
+from bench.show.page_filters import label, standing, unbroken_flags
 from bench.show.page_tools import column_groups, make_chips, settings_of
-from bench.show.page_top import VERDICTS, count, headline, is_synthetic, make_tiles, models_of, setting
+from bench.show.page_top import (
+    VERDICTS,
+    count,
+    headline,
+    is_synthetic,
+    make_tiles,
+    models_of,
+    setting,
+    went_wrong,
+)
 from bench.show.plots import plots
 from bench.show.ratios import ratio_tables
 from bench.show.runs_shown import margins_of, runs_shown
@@ -96,6 +105,7 @@ def page(
     figures = {plot.name: plot for plot in (plots(comparison, forecast) if drawn is None else drawn)}
     hidden = len(comparison.rows) - len(runs_shown(comparison))
     chosen, facets = select(comparison), facets_of(comparison.rows)
+    decision = decision_of(comparison)
     return (
         _environment()
         .get_template("page.html")
@@ -107,8 +117,10 @@ def page(
             title=models_of(comparison.rows) or "No records",
             headline=headline(comparison),
             setting=setting(comparison.rows),
-            decision=decision_of(comparison),
-            tiles=make_tiles(comparison),
+            decision=decision,
+            # Where there is a choice, its sentences say what the tiles would.
+            tiles=() if decision else make_tiles(comparison),
+            wrong=went_wrong(comparison),
             comparison=comparison,
             columns=COLUMNS,
             sections=sections(comparison),
@@ -189,39 +201,19 @@ def _environment() -> Environment:
         number=number,
         words=words,
         joined=", ".join,
-        flags=_unbroken_flags,
+        flags=unbroken_flags,
         factor=factor_in_words,
-        label=_label,
+        label=label,
         owned=lambda label: Markup(owned(label)),  # noqa: S704  (letters, digits and hyphens)
         few=_few,
-        standing=_standing,
+        standing=standing,
     )
     return environment
-
-
-def _standing(line: str) -> Markup:
-    """Escape a line such as "hqq: 4 % more memory; healthy", with the backend in front set off."""
-    name, colon, rest = line.partition(": ")
-    whole = f"<strong>{escape(name)}</strong>{colon}{escape(rest)}" if colon else escape(line)
-    return Markup(whole)  # noqa: S704  (escaped right here)
 
 
 def _few(names: Sequence[str]) -> str:
     """Names with commas between them, and how many are left out of very many."""
     return listed(names, NAMES_LISTED)
-
-
-def _label(text: str) -> Markup:
-    """Escape a run's name; its settings, which can be long, may be broken into lines and the backend not."""
-    backend, space, settings = text.partition(" ")
-    broken = f' <span class="settings">{escape(settings)}</span>' if space else ""
-    return Markup(f'<span class="flag">{escape(backend)}</span>{broken}')  # noqa: S704  (escaped right here)
-
-
-def _unbroken_flags(text: str) -> Markup:
-    """Escape ``text``, and keep a command line option such as --steps on one line."""
-    whole = re.sub(r"--[a-z]+", r'<span class="flag">\g<0></span>', str(escape(text)))
-    return Markup(whole)  # noqa: S704  (escaped in the line above)
 
 
 def _own(name: str) -> str:

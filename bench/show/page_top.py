@@ -74,7 +74,7 @@ def make_tiles(comparison: Comparison) -> list[Tile]:
         )
         tiles = [Tile(t.title, t.answer, (*t.details, *of)) for t in (memory, speed) if t]
     if comparison.rows:
-        tiles.append(_wrong(runs_shown(comparison)))
+        tiles.append(went_wrong(comparison))
     return tiles
 
 
@@ -133,7 +133,9 @@ def _with_verdict(summary: Summary) -> str:
     return f"{summary.label} ({words(verdict)})" if verdict in BAD else summary.label
 
 
-def _wrong(rows: Sequence[Row]) -> Tile:
+def went_wrong(comparison: Comparison) -> Tile:
+    """What failed or broke; that nothing did is an answer too."""
+    rows = runs_shown(comparison)
     found = [f"{row.label}: {fault}" for row in rows if (fault := _fault(row))]
     if found:
         return Tile(

@@ -2,12 +2,12 @@
 figure by itself.
 
 ``write_report(comparison, folder, formats)`` writes them, each whole or not at all. A triage and a forecast
-that stand in the folder are part of the report.
+that stand beside the records are part of the report.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,14 +54,18 @@ def write_report(
     folder: Path,
     formats: Collection[str] = DEFAULT_FORMATS,
     refresh_seconds: float | None = None,
+    sources: Sequence[Path] = (),
 ) -> ReportFiles:
     """Write report.html, .md, .csv and .parquet, figures.csv, and plots/*.svg and *.png into ``folder``; of
     these what ``formats`` names.
 
-    ``refresh_seconds``: how often the page loads itself again, while runs go on. Raises BrokenFile where
-    ``folder`` holds a triage.json or a forecast.json that is none.
+    ``refresh_seconds``: how often the page loads itself again, while runs go on. ``sources``: folders whose
+    triage and forecast are shown, the first that has one; none: ``folder``. Raises BrokenFile where one holds
+    a triage.json or a forecast.json that is none.
     """
-    triage, forecast = read_triage(folder), read_forecast(folder)
+    sources = sources or (folder,)
+    triage = next(filter(None, map(read_triage, sources)), None)
+    forecast = next(filter(None, map(read_forecast, sources)), None)
     drawn = plots(comparison, forecast) if {"html", "svg", "png"} & set(formats) else ()
 
     def wrote(name: str, kind: str, content: Callable[[], str | bytes]) -> Path | None:

@@ -4,11 +4,12 @@ draws them; what has no place on a scale is a marker on the edge, never left out
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.judge.rows import Row, median, step_loss
+from bench.judge.rows import Row, step_loss
 from bench.record.schema import Step
 from bench.show.bands import Band, band_of, draw_band
 from bench.show.columns import number
@@ -74,11 +75,9 @@ THROUGHPUT = Quantity(
 
 def strip(rows: Sequence[Row], styles: Styles, quantity: Quantity) -> Plot | None:
     """A line of dots for each run that has the quantity; for each kind of run where there are too many."""
-    measured = [row for row in rows if quantity.of_run(row) is not None]
-    lines = [_of_run(row, quantity) for row in measured]
-    alone = len(lines) <= RUNS_ALONE
-    if not alone:
-        lines = _by_kind(measured, quantity)
+    measured = {row: value for row in rows if (value := quantity.of_run(row)) is not None}
+    alone = len(measured) <= RUNS_ALONE
+    lines = [_of_run(*pair, quantity) for pair in measured.items()] if alone else _by_kind(measured)
     if not lines:
         return None
     with new_figure(0.7 + 0.36 * len(lines)) as (figure, axes):
@@ -113,17 +112,17 @@ class DotLine:
     middle: float
 
 
-def _of_run(row: Row, quantity: Quantity) -> DotLine:
+def _of_run(row: Row, value: float, quantity: Quantity) -> DotLine:
     dots = [quantity.of_step(step) for step in row.record.steps if not step.warmup]
-    return DotLine(row.label, ended(row.name, row), dots, quantity.of_run(row) or 0.0)
+    return DotLine(row.label, ended(row.name, row), dots, value)
 
 
-def _by_kind(rows: Sequence[Row], quantity: Quantity) -> list[DotLine]:
+def _by_kind(measured: Mapping[Row, float]) -> list[DotLine]:
     """A dot for each run of a kind."""
     kinds: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        kinds.setdefault((row.label, ended(row.label, row)), []).append(quantity.of_run(row) or 0.0)
-    return [DotLine(*kind, values, median(values) or 0.0) for kind, values in kinds.items()]
+    for row, value in measured.items():
+        kinds.setdefault((row.label, ended(row.label, row)), []).append(value)
+    return [DotLine(*kind, values, statistics.median(values)) for kind, values in kinds.items()]
 
 
 # ---- curves --------------------------------------------------------------------------------------
