@@ -16,7 +16,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.committed import committed
+
 REPEATS = 5
 
 
@@ -27,7 +28,7 @@ def templates(preset: str = "*") -> list[dict[str, Any]]:
 
 def real_records(preset: str = "*") -> list[Path]:
     """Their files. Other repeats would say the same again."""
-    return sorted((ROOT / "results").glob(f"*/{preset}/*-r0-*.record.json"))
+    return committed(f"*/{preset}/*-r0-*.record.json")
 
 
 def write_many(base: Path, new: Path, count: int, preset: str = "*") -> None:

@@ -9,14 +9,14 @@ from importlib.resources import files
 import pytest
 
 from bench.judge.comparison import compare
-from bench.record.store import Store
+from bench.record.store import read_record
 from bench.record.triage import save_triage
 from bench.show.page import page
 from bench.show.report import write_report
+from tests.committed import committed as committed_records
 from tests.fit_factory import forecast
 from tests.record_factory import eight_backends, failed, margin_runs, triage
 from tests.sweep_factory import sweep
-from tests.test_imports import ROOT
 from tests.test_page import realistic_records
 
 GRAVE = ("serious", "critical")
@@ -25,7 +25,7 @@ FOUND = """async () => (await axe.run({resultTypes: ["violations"]})).violations
 
 
 def committed(folder):
-    return write_report(compare(list(Store(ROOT / "results").records())), folder, ("html",)).html
+    return write_report(compare(map(read_record, committed_records())), folder, ("html",)).html
 
 
 def failures(folder):

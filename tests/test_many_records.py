@@ -20,6 +20,7 @@ from bench.judge.regression_runs import condense
 from bench.record.schema import Record
 from bench.record.store import Store, read_record
 from tests.command import ROOT
+from tests.committed import committed
 from tests.many_records import real_records, templates, write_many
 
 RECORDS = 5000
@@ -115,7 +116,7 @@ def test_four_times_as_many_records_take_about_four_times_as_long(tmp_path):
 
 def test_5000_condensed_runs_take_a_quarter_of_a_gigabyte_at_most():
     """Of the largest real record, with the probes of every step: all are held at once, beside the libraries."""
-    path = max((ROOT / "results").glob("*/*/*.record.json"), key=lambda path: path.stat().st_size)
+    path = max(committed(), key=lambda path: path.stat().st_size)
     size = path.stat().st_size
     assert size > 100_000
     condense([read_record(path)])

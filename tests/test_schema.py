@@ -17,6 +17,7 @@ from bench.record.recorded import Recorded
 from bench.record.schema import SCHEMA_VERSION, Record
 from bench.show.field_reference import DOCUMENT, field_reference
 from tests.command import Command
+from tests.committed import committed
 from tests.fit_factory import on_cards
 from tests.record_factory import (
     eight_backends,
@@ -30,7 +31,7 @@ from tests.record_factory import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMITTED = sorted((ROOT / "results").rglob("*.record.json"))
+COMMITTED = committed()
 OLD = [
     path
     for path in sorted((ROOT / "tests" / "data" / "records").glob("*.record.json"))

@@ -6,7 +6,7 @@ import pytest
 from bench.judge.stability import judge_stability
 from bench.judge.step_spikes import loss_rise, norm_spike, robust_z
 from bench.record.schema import Record
-from tests.command import ROOT
+from tests.committed import committed
 from tests.record_factory import record, step
 
 
@@ -67,7 +67,7 @@ def test_a_jump_by_twenty_in_a_level_run_is_always_found(count):
 
 
 def test_every_real_record_of_the_repository_is_free_of_spikes():
-    files = sorted((ROOT / "results").rglob("*.record.json"))
+    files = committed()
     assert len(files) >= 16
     for file in files:
         made = Record.model_validate_json(file.read_text(encoding="utf-8"))
