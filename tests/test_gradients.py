@@ -55,3 +55,13 @@ def test_the_global_norm_adds_up_in_float32() -> None:
     half.data = half.data.half()
     half.grad = torch.full((4,), 60000.0, dtype=torch.float16)
     assert float(gradient_norm([half])) == pytest.approx(120000.0)
+
+
+def test_a_large_finite_value_is_no_spoilt_one() -> None:
+    tensors = {
+        "large": torch.tensor([1e30, 0.0]),  # Its square is not finite in float32.
+        "nan": torch.tensor([1.0, math.nan]),
+        "fine": torch.ones(2),
+        "infinite": torch.tensor([-math.inf, 1e30]),
+    }
+    assert non_finite_tensors(tensors) == ["nan", "infinite"]

@@ -1,7 +1,7 @@
 """Records that earlier states of the project wrote still load and render, one of every shape that there was.
 
 tests/data/records holds them. 2 and 3 are the runs that were committed under results/ then, as they are; of
-4-probed, one of those too, the first three steps are kept. The others stand for shapes of which no run was
+4-probed and 7-together, two of those too, the first three steps are kept. The others stand for shapes of which no run was
 committed: their numbers are made up, and the models of the commit itself wrote them (f3e8c8a, 054bcad, ec668cb,
 36b2343), which is what fixes a shape. None is written anew when the models change.
 """
@@ -34,6 +34,7 @@ SHAPES = {
     "4-probed": {"steps.0.probe": True, "request.stress": True, "placement": False},
     "4-overflow": {"first_failure.kind": True, "replay.remedies": True, "placement": False},
     "5-placed": {"placement.places.0.wire_bytes_per_step": True, "load.from_cache": False, "preflight": False},
+    "7-together": {"surroundings": True, "steps.0.probe": True, "steps.0.watching_seconds": False},
     "6-cached": {"placement.places.0.wire_bytes_per_step": True, "load.from_cache": True, "preflight": True},
 }  # fmt: skip
 """Beginning of a file's name -> which fields its shape has, and which it has not."""

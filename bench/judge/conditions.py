@@ -158,8 +158,9 @@ CHECKS = (
     ),
     # The function stays the same, and the numbers on the way, the subject of the comparison, do not.
     Check("layers rescaled by --stress", "stress", "request.stress"),
-    # Step times have the watching in them.
+    # What watches slows a step down in more ways than its own time, which is taken off.
     Check("every operation watched (--trace)", "trace", "request.trace"),
+    Check("probes within the time of a step", "trace", "probes_in_step_seconds"),
     Check("harness commit", "commit", "environment.commit", null="outside a checkout"),
     Check("qlora-bench version", "commit", "environment.versions.qlora-bench", null=NOT_INSTALLED),
     Check("Python version", "versions", "environment.python"),

@@ -1,17 +1,18 @@
 """The always-on probe: how large the numbers get, forward and backward, at every place worth knowing.
 
-Hooks on modules keep one scalar a place, on the device; `RangeProbe.read` fetches them all with one copy a
-device. Every tensor is detached first: a probe that touches autograd changes what non-reentrant
+Hooks on modules keep two scalars a place, on the device; `RangeProbe.read` fetches them all with one copy a
+device and dtype. Every tensor is detached first: a probe that touches autograd changes what non-reentrant
 checkpointing saves. What checkpointing computes again in the backward is not recorded twice.
 
     probe = RangeProbe(model, linear_names)
     probe.forward_begins(); ...; probe.backward_begins(); ...; probe.ends()
-    (micro_batch,) = probe.read()
+    seconds, (micro_batch,) = probe.take_seconds(), probe.read()
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,10 +63,19 @@ class MicroBatchRanges:
     """Of the gradient with respect to the tensor at the place."""
 
 
+@dataclass(frozen=True)
+class _Extremes:
+    """What a hook keeps: the rest of the arithmetic waits for the read, since each operation is a launch."""
+
+    place: Place
+    low: torch.Tensor
+    high: torch.Tensor
+
+
 @dataclass
 class _Pending:
-    forward: list[tuple[Place, torch.Tensor, torch.dtype]] = field(default_factory=list)
-    backward: list[tuple[Place, torch.Tensor, torch.dtype]] = field(default_factory=list)
+    forward: list[_Extremes] = field(default_factory=list)
+    backward: list[_Extremes] = field(default_factory=list)
 
 
 def abs_max(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,6 +101,7 @@ class RangeProbe:
         self._phase: Literal["off", "forward", "backward"] = "off"
         self._micro_batches: list[_Pending] = []
         self._handles: list[RemovableHandle] = []
+        self._seconds = 0.0
         self.layers = 0
         """Decoder layers found."""
         wanted = set(linears)
@@ -119,14 +130,22 @@ class RangeProbe:
     def read(self) -> list[MicroBatchRanges]:
         """Everything since the last read, one a micro-batch. This waits for the devices."""
         pending, self._micro_batches = self._micro_batches, []
-        values = _fetch([s for batch in pending for _, s, _ in (*batch.forward, *batch.backward)])
+        values = _fetch([seen for batch in pending for seen in (*batch.forward, *batch.backward)])
         return [
             MicroBatchRanges(
-                [Seen(place, next(values), dtype, str(s.device)) for place, s, dtype in batch.forward],
-                [Seen(place, next(values), dtype, str(s.device)) for place, s, dtype in batch.backward],
+                [_seen(extremes, next(values)) for extremes in batch.forward],
+                [_seen(extremes, next(values)) for extremes in batch.backward],
             )
             for batch in pending
         ]
+
+    def take_seconds(self) -> float:
+        """Seconds that the hooks took on a CPU since they were last asked for.
+
+        On a CUDA device their kernels run among the others, and no clock of the host tells them apart.
+        """
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def _attach(self, plain: str, name: str, module: nn.Module, linears: set[str], fine: bool) -> None:
         layer = DECODER_LAYER.match(plain)
@@ -150,14 +169,14 @@ class RangeProbe:
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return
             if self._phase == "forward":
-                self._micro_batches[-1].forward.append((place, abs_max(tensor), tensor.dtype))
+                self._look(self._micro_batches[-1].forward, place, tensor)
             # Under the reentrant mode the only pass with gradients is the one within the backward.
             if backward and tensor.requires_grad and self._phase != "off":
                 tensor.register_hook(gradient)  # type: ignore[no-untyped-call]
 
         def gradient(value: torch.Tensor) -> None:
             if self._phase == "backward":
-                self._micro_batches[-1].backward.append((place, abs_max(value), value.dtype))
+                self._look(self._micro_batches[-1].backward, place, value)
 
         return hook
 
@@ -166,9 +185,15 @@ class RangeProbe:
 
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if self._phase == "forward" and inputs and isinstance(inputs[0], torch.Tensor):
-                self._micro_batches[-1].forward.append((place, abs_max(inputs[0]), inputs[0].dtype))
+                self._look(self._micro_batches[-1].forward, place, inputs[0])
 
         return hook
+
+    def _look(self, kept: list[_Extremes], place: Place, tensor: torch.Tensor) -> None:
+        began = time.perf_counter()
+        kept.append(_Extremes(place, *torch.aminmax(tensor.detach())))
+        if tensor.device.type == "cpu":
+            self._seconds += time.perf_counter() - began
 
 
 def _computes(plain: str, module: nn.Module) -> bool:
@@ -177,14 +202,19 @@ def _computes(plain: str, module: nn.Module) -> bool:
     return last in ("self_attn", "mlp", "act_fn") or "norm" in last or isinstance(module, nn.Linear)
 
 
-def _fetch(scalars: list[torch.Tensor]) -> Iterator[float]:
-    """Their values in order, with one copy for each device."""
-    by_device: dict[torch.device, list[int]] = {}
-    for place, scalar in enumerate(scalars):
-        by_device.setdefault(scalar.device, []).append(place)
-    values = [0.0] * len(scalars)
-    for places in by_device.values():
-        fetched = torch.stack([scalars[place] for place in places]).tolist()
-        for place, value in zip(places, fetched, strict=True):
+def _seen(extremes: _Extremes, abs_max: float) -> Seen:
+    return Seen(extremes.place, abs_max, extremes.low.dtype, str(extremes.low.device))
+
+
+def _fetch(kept: list[_Extremes]) -> Iterator[float]:
+    """Their largest absolute values in order, as in `abs_max`, with one copy for each device and dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, extremes in enumerate(kept):
+        alike.setdefault((extremes.low.device, extremes.low.dtype), []).append(place)
+    values = [0.0] * len(kept)
+    for places in alike.values():
+        low = torch.stack([kept[place].low for place in places]).float()
+        high = torch.stack([kept[place].high for place in places]).float()
+        for place, value in zip(places, torch.maximum(0.0 - low, high).tolist(), strict=True):
             values[place] = value
     return iter(values)

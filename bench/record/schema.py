@@ -143,7 +143,10 @@ class Step(Recorded):
     accumulated in float32."""
     learning_rate: float
     seconds: Seconds
-    """Of the slowest process."""
+    """From before the forward to after the update, without ``watching_seconds``; of the slowest process."""
+    watching_seconds: Seconds | None = None
+    """What the probes took in this step: reading them, and on a CPU their hooks in forward and backward,
+    whose kernels a CUDA device runs among the others. Null in older records: there ``seconds`` has it."""
     tokens: int
     """Non-padding tokens of all processes."""
     loss_tokens: int
@@ -237,3 +240,8 @@ class Record(Recorded):
     fidelity: Fidelity | None = None
     stress: tuple[StressedPair, ...] = ()
     """The pairs that ``--stress`` rescaled."""
+
+    @property
+    def probes_in_step_seconds(self) -> bool:
+        """Whether the time of its steps has the probes' in it, as before it was told apart."""
+        return any(step.watching_seconds is None for step in self.steps)

@@ -37,6 +37,7 @@ class DepthRun(Run):
         self.channel.stage("load")
         with self.watched:
             self._import_libraries()
+        from bench.probe.clock import old_objects_left_alone
         from bench.probe.memory import release_unused
         from bench.run.training import one_step
 
@@ -46,12 +47,13 @@ class DepthRun(Run):
         shallow = {depth: ShallowTrainer.of(whole, depth, builder) for depth in turns.depths}
         self.channel.stage("train")
         total = turns.warmup_rounds + turns.rounds
-        for place in range(total):
-            for depth in turns.of_round(place):
-                with shallow[depth].alone() as trainer:
-                    step, _ = one_step(trainer, place)
-                self.channel.send("depth_step", depth=depth, round=place, step=step)
-            self.channel.send("progress", done=place + 1, total=total)
+        with old_objects_left_alone():
+            for place in range(total):
+                for depth in turns.of_round(place):
+                    with shallow[depth].alone() as trainer:
+                        step, _ = one_step(trainer, place)
+                    self.channel.send("depth_step", depth=depth, round=place, step=step)
+                self.channel.send("progress", done=place + 1, total=total)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ def merged_step(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One step of all ranks, in their order: losses as the stream has them, the seconds of the slowest."""
     losses = [loss for turn in zip(*(step["losses"] for step in steps), strict=True) for loss in turn]
     probes = [step["probe"] for step in steps]
+    slowest = max(steps, key=lambda step: step["seconds"])
     return {
         **steps[0],
         "losses": losses,
-        "seconds": max(step["seconds"] for step in steps),
+        "seconds": slowest["seconds"],
+        "watching_seconds": slowest.get("watching_seconds"),
         "tokens": sum(step["tokens"] for step in steps),
         "loss_tokens": sum(step["loss_tokens"] for step in steps),
         "peak_reserved_bytes": highest([step["peak_reserved_bytes"] for step in steps]),

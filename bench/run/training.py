@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from bench.ask.plan import RunRequest
 from bench.load.lora import Adapters
 from bench.load.model import DTYPES
-from bench.probe.clock import now
+from bench.probe.clock import now, old_objects_left_alone
 from bench.probe.gradients import gradient_norm
 from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
 from bench.record.memory import MemoryReading, Phase
@@ -101,14 +101,15 @@ def train(
     """
     workload = trainer.request.workload
     phase_step = max(workload.warmup_steps - 1, 0)
-    for index in range(workload.steps):
-        step, readings = one_step(
-            trainer,
-            index,
-            memory if index == phase_step else None,
-            on_first_backward if index == 0 else None,
-        )
-        on_step(step, readings)
+    with old_objects_left_alone():
+        for index in range(workload.steps):
+            step, readings = one_step(
+                trainer,
+                index,
+                memory if index == phase_step else None,
+                on_first_backward if index == 0 else None,
+            )
+            on_step(step, readings)
 
 
 def one_step(
@@ -140,10 +141,12 @@ def one_step(
         began += now(trainer.devices) - paused
     with _phase(trainer, memory, "optimizer_step", readings):
         scale, norm = unscaled_norm(trainer)
+        paused = now(trainer.devices)
         seen = watch.observe(index, batches, losses, norm, scale) if watch else None
         kept = watch.keep(seen, batches, random) if watch and seen else None
+        watching = now(trainer.devices) - paused + watch.ranges.take_seconds() if watch else None
         applied = _update(trainer, norm, scale)
-    seconds = now(trainer.devices) - began
+    seconds = now(trainer.devices) - began - (watching or 0.0)
     if watch and seen:
         watch.settle(seen, kept, applied=applied)
     step = Step(
@@ -153,6 +156,7 @@ def one_step(
         gradient_norm=float(norm),
         learning_rate=trainer.request.optimizer.learning_rate,
         seconds=seconds,
+        watching_seconds=watching,
         tokens=sum(batch.tokens for batch in batches),
         loss_tokens=sum(batch.loss_tokens for batch in batches),
         applied=applied,
