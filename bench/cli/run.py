@@ -32,6 +32,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--device", metavar="DEVICE", help="auto, cpu or cuda."),
     click.option("--placement", metavar="KIND", help="Devices of a run: single, split, ddp or fsdp."),
     click.option("--device-count", type=int, metavar="N", help="How many devices, where it is not single."),
+    click.option("--environment", metavar="NAME", help="The set of packages that all runs take place in."),
     click.option("--model", metavar="SRC", help="A Hub id or a folder, instead of the preset's model."),
     click.option("--weights", metavar="KIND", help="auto (real where on this disk), real or synthetic."),
     click.option("--layers", type=int, metavar="N", help="Keep only the first N decoder layers."),

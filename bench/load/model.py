@@ -7,6 +7,7 @@ quantized layer is the same in all of them by construction: same values, same dt
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ def skeleton(architecture: Mapping[str, Any], attention: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in architecture.items() if key != "quantization_config"}
+    settings = in_terms_of(transformers_major(), settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
@@ -56,6 +58,32 @@ def skeleton(architecture: Mapping[str, Any], attention: str) -> nn.Module:
         )
     model.tie_weights()  # type: ignore[operator]
     return model
+
+
+def transformers_major() -> int:
+    """The first number of the version of transformers that is installed here."""
+    return int(importlib.metadata.version("transformers").partition(".")[0])
+
+
+def in_terms_of(major: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json as transformers of this major version reads it. 5 writes ``rope_parameters``; 4 does not
+    know them, and would go on with its own default base in silence.
+
+    Raises ValueError for parameters that differ from layer type to layer type, which 4 cannot be told.
+    """
+    told = dict(settings)
+    rope = told.get("rope_parameters")
+    if major >= 5 or not isinstance(rope, Mapping):
+        return told
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError("rope_parameters by layer type need transformers 5")
+    del told["rope_parameters"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "rope_theta" in rope:
+        told["rope_theta"] = rope["rope_theta"]
+    if scaling.get("rope_type", "default") != "default":
+        told["rope_scaling"] = scaling
+    return told
 
 
 def linear_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -94,6 +122,7 @@ def build_model(
             cache.keep(name, backend, quantized)
         trim_heap()
     progress(len(shapes), len(shapes))
+    backend.finish(model)
     model.requires_grad_(False)
     # Training mode throughout: in eval mode several kernels take paths without a backward.
     model.train()
