@@ -45,9 +45,12 @@ def build(environment: Environment) -> bool:
         print(f"environment {environment.name}: {environment.description.description}")
         print(f"building {target} from {environment.folder / LOCK} (minutes)", flush=True)
         shutil.rmtree(target, ignore_errors=True)
-        venv.EnvBuilder(with_pip=True, symlinks=True).create(target)
-        _install(environment)
-        (target / STAMP).write_text(digest + "\n", encoding="utf-8")
+        try:
+            venv.EnvBuilder(with_pip=True, symlinks=True).create(target)
+            _install(environment)
+            (target / STAMP).write_text(digest + "\n", encoding="utf-8")
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"environment '{environment.name}' could not be built: {error}") from None
         if (problem := environment.problem(packages)) is not None:
             (target / STAMP).unlink()
             raise UserError(problem)
