@@ -17,7 +17,7 @@ import pytest
 
 from bench.ask.versions import CURRENT
 from bench.errors import BadValue, BrokenFile, UserError
-from bench.load.model import in_terms_of
+from bench.load.older import in_terms_of, tokenizer_kind
 from bench.load.registry import find_backends
 from bench.run import environment_build, environments, interpreters
 from bench.run.arrange import Asked, arrange
@@ -288,3 +288,11 @@ def test_transformers_4_is_told_the_base_of_the_rotation_in_its_own_terms() -> N
     assert in_terms_of(4, scaled) == {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     with pytest.raises(ValueError, match="by layer type"):
         in_terms_of(4, {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}})
+
+
+def test_transformers_4_reads_a_tokenizer_that_5_wrote(tmp_path: Path) -> None:
+    assert tokenizer_kind(4, tmp_path) == "AutoTokenizer"
+    for written, kind in (("TokenizersBackend", "PreTrainedTokenizerFast"), ("Qwen2Tokenizer", "AutoTokenizer")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": written}))
+        assert tokenizer_kind(4, tmp_path) == kind
+        assert tokenizer_kind(5, tmp_path) == "AutoTokenizer"

@@ -7,7 +7,6 @@ quantized layer is the same in all of them by construction: same values, same dt
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from bench.load.cache import QuantizedCache
 from bench.load.contract import Backend, Layer, PackedBackend, Shape
 from bench.load.heap import trim_heap
 from bench.load.layout import Layout, carry
+from bench.load.older import in_terms_of, transformers_major
 from bench.load.weights import Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,32 +58,6 @@ def skeleton(architecture: Mapping[str, Any], attention: str) -> nn.Module:
         )
     model.tie_weights()  # type: ignore[operator]
     return model
-
-
-def transformers_major() -> int:
-    """The first number of the version of transformers that is installed here."""
-    return int(importlib.metadata.version("transformers").partition(".")[0])
-
-
-def in_terms_of(major: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json as transformers of this major version reads it. 5 writes ``rope_parameters``; 4 does not
-    know them, and would go on with its own default base in silence.
-
-    Raises ValueError for parameters that differ from layer type to layer type, which 4 cannot be told.
-    """
-    told = dict(settings)
-    rope = told.get("rope_parameters")
-    if major >= 5 or not isinstance(rope, Mapping):
-        return told
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError("rope_parameters by layer type need transformers 5")
-    del told["rope_parameters"]
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-    if "rope_theta" in rope:
-        told["rope_theta"] = rope["rope_theta"]
-    if scaling.get("rope_type", "default") != "default":
-        told["rope_scaling"] = scaling
-    return told
 
 
 def linear_shapes(model: nn.Module) -> dict[str, Shape]:
