@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends import _gptqmodel as shared
 from backends._gptq_format import GptqCheckpoint
-from bench.load.contract import Layer
+from bench.load.contract import Layer, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +51,16 @@ class AutoGptq(GptqCheckpoint):
         size = layer.shape
         built = kind(4, group, size.in_features, size.out_features, layer.bias is not None, trainable=True)
         shared.take(built, layer, self.packed_names)
+        if self.dtype == "float32":
+            # It multiplies by a weight in the scales' dtype, which only autocast brings to that of its input.
+            built.scales = built.scales.float()
         built.wf = built.wf.to(layer.device)
         built.requires_grad_(False)
         return built  # type: ignore[no-any-return]
+
+    def expected_bits(self, shape: Shape) -> float:
+        """As the checkpoint's, with float32 scales where float32 is computed in."""
+        return super().expected_bits(shape) + (16 / self.options.group_size if self.dtype == "float32" else 0)
 
     def finish(self, model: torch.nn.Module) -> None:
         """As transformers' loader does: PEFT 0.15 looks for a quantization method and its configuration."""

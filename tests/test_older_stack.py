@@ -88,6 +88,16 @@ def test_the_reference_runs_in_the_older_stack_too(command: Command, tmp_path: P
     assert {body["request"]["environment"] for body in json.loads(done.stdout)} == {"legacy"}
 
 
+@pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--placement", "ddp")], ids=" ".join)
+def test_it_trains_in_float32_and_in_two_processes(command: Command, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    done = command.run("run", "--preset", "tiny", "--backend", "gptq,auto-gptq", *flags, "--out", tmp_path, "--json",
+                       timeout=300)  # fmt: skip
+    new, old = json.loads(done.stdout)
+    assert [new["status"], old["status"]] == ["completed"] * 2, (new["message"], old["message"], old["stderr_tail"])
+    for mine, theirs in zip(old["steps"], new["steps"], strict=True):
+        assert mine["losses"] == pytest.approx(theirs["losses"], rel=LOSS_TOLERANCE)
+
+
 def test_a_failure_in_the_older_stack_is_found_and_replayed(command: Command, tmp_path: Path) -> None:
     """The probes, the stress and the replay (which switches the attention kernel) work on its model code."""
     done = command.run("run", "--preset", "tiny", "--backend", "auto-gptq", "--dtype", "float16", "--stress",

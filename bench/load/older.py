@@ -39,7 +39,7 @@ def in_terms_of(major: int, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_kind(major: int, folder: Path) -> str:
-    """Name of the class of transformers that reads the tokenizer in ``folder``. 5 calls a tokenizer that is its
+    """Name of the class of transformers that reads the tokenizer in ``folder``. 5 calls one that is its
     tokenizer.json and nothing else a TokenizersBackend, which is what 4 calls PreTrainedTokenizerFast."""
     if major >= 5:
         return "AutoTokenizer"
