@@ -156,7 +156,7 @@ SETTABLE = {
     **{f"lora.{name}": None for name in Lora.model_fields},
     **{f"optimizer.{name}": None for name in Optimizer.model_fields},
     **dict.fromkeys(("attention", "checkpointing", "device", "cpu_threads", "timeout_seconds", "fidelity")),
-    **dict.fromkeys(("placement", "device_count", "cache", "environment")),
+    **dict.fromkeys(("placement", "device_count", "cache")),
 }
 """Keys that ``--set`` takes, besides ``BACKEND.OPTION``."""
 
