@@ -26,7 +26,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE", help="What to run on."),
     click.option(
-        "--backend", "backends", multiple=True, metavar="ID", help="A backend (repeatable), or 'all' of the environment."
+        "--backend",
+        "backends",
+        multiple=True,
+        metavar="ID",
+        help="A backend (repeatable), or 'all' of the environment.",
     ),
     click.option("--dtype", metavar="DTYPE", help="Compute dtype: bfloat16, float16 or float32."),
     click.option("--device", metavar="DEVICE", help="auto, cpu or cuda."),
