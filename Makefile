@@ -15,8 +15,8 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench env report smollm2 test stability soak docs lint check overhead probes truth peers proxy gpu-72b wheel \
-  lock clean
+.PHONY: help bench env report smollm2 test stability soak docs gallery lint check overhead probes truth peers \
+  proxy gpu-72b wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,8 +71,12 @@ stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margi
 soak: $(READY) ## The long proofs: every planted fault, kill -9 at random moments, 20,000 bad inputs
 	$(BIN)/python -m pytest --timeout=7200 -m soak $(FLAGS)
 
-docs: $(READY) ## Write docs/record.md and the record's JSON Schema out of the models
+docs: $(READY) ## Write docs/record.md, docs/commands.md and the record's JSON Schema out of the code
 	$(BIN)/python -m bench.show.field_reference
+	$(BIN)/python -m bench.cli.reference
+
+gallery: $(READY) ## Draw the pictures of the README and of docs/gallery.md (needs a Chromium)
+	$(BIN)/python -m tests.gallery
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

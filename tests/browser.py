@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -36,6 +36,18 @@ def launched() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def opened(browser: Browser | BrowserContext, path: Path, **options: Any) -> tuple[Page, list[str]]:
+    """A page file in a tab of its own, and a list that fills with everything that it should not do."""
+    tab, faults = browser.new_page(**options), []
+    address = path.resolve().as_uri()
+    tab.on("console", lambda message: faults.append(message.text))
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on("dialog", lambda dialog: faults.append("dialog"))
+    tab.on("request", lambda request: None if request.url == address else faults.append(request.url[:80]))
+    tab.goto(address)
+    return tab, faults
 
 
 def browser_problems(page_file: Path) -> list[str]:

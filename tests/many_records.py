@@ -21,9 +21,13 @@ REPEATS = 5
 
 
 def templates(preset: str = "*") -> list[dict[str, Any]]:
-    """The committed records, as plain values."""
-    found = sorted((ROOT / "results").glob(f"*/{preset}/*.record.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    """The committed records of first repeats, as plain values."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in real_records(preset)]
+
+
+def real_records(preset: str = "*") -> list[Path]:
+    """Their files. Other repeats would say the same again."""
+    return sorted((ROOT / "results").glob(f"*/{preset}/*-r0-*.record.json"))
 
 
 def write_many(base: Path, new: Path, count: int, preset: str = "*") -> None:

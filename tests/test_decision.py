@@ -48,7 +48,9 @@ def test_a_trade_names_both_leaders_and_their_price() -> None:
         with_figures("bnb-nf4", seconds=0.30, peak_gib=9.6),
         with_figures("bnb-nf4-dq", seconds=0.33, peak_gib=8.0),
     ])  # fmt: skip
-    assert text.sentence.startswith("bnb-nf4-dq needs the least memory (8.00 GiB at the peak), bnb-nf4 is the fastest")
+    assert text.sentence.startswith(
+        "Of the quantized backends, bnb-nf4-dq needs the least memory (8.00 GiB at the peak), bnb-nf4 is the fastest"
+    )
     assert "the price of bnb-nf4-dq is 9.1 % fewer tokens/s, that of bnb-nf4 is 20 % more memory" in text.sentence
     assert "Each ran once" in text.sentence
 
@@ -70,6 +72,19 @@ def test_the_unquantized_reference_is_no_choice() -> None:
     assert decision is not None
     assert decision.reference is not None
     assert [one.label for one in decision.candidates] == ["hqq"]
+
+
+def test_the_unquantized_reference_stands_beside_the_leaders() -> None:
+    text = told([
+        with_figures("bf16", seconds=0.24, peak_gib=16.0),
+        with_figures("bnb-nf4", seconds=0.30, peak_gib=9.6),
+        with_figures("bnb-nf4-dq", seconds=0.33, peak_gib=8.0),
+    ])  # fmt: skip
+    said = "bf16, not quantized: 100 % more memory than bnb-nf4-dq, 25 % more tokens/s than bnb-nf4; healthy"
+    assert said in text.others
+    assert "Of the quantized backends" not in told([
+        with_figures("bnb-nf4", seconds=0.30, peak_gib=8.0), with_figures("hqq", seconds=0.33, peak_gib=8.9)
+    ]).sentence  # fmt: skip
 
 
 def test_repeats_that_overlap_are_told_as_level() -> None:

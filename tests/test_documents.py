@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.ask.experiment import SETTABLE
 from bench.ask.preset import preset_names
+from bench.cli import cli
+from bench.cli.reference import DOCUMENT, command_reference
 from bench.load.contract import Shape
 from bench.load.registry import find_backends
 from tests.command import Command
@@ -80,6 +83,18 @@ def test_the_example_backend_of_the_guide_is_valid(tmp_path: Path) -> None:
 def test_the_changelog_knows_the_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_command_reference_is_that_of_the_commands() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert text == command_reference(), "docs/commands.md is stale: make docs"
+    for name, command in cli.commands.items():
+        assert f"\n## {name}\n" in text
+        for option in (flag for param in command.params for flag in param.opts if flag.startswith("--")):
+            assert f"`{option}`" in text
+    for key in SETTABLE:
+        assert f"| `{key}` |" in text
+    assert "Sentinel" not in text
 
 
 def test_every_dependency_is_locked() -> None:

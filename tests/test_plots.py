@@ -8,8 +8,8 @@ import pytest
 from bench.judge.comparison import compare
 from bench.record.memory import Memory
 from bench.record.stability import LayerFidelity
-from bench.show.drawing import STYLES, assign_styles
 from bench.show.plots import plots
+from bench.show.styles import STYLES, assign_styles
 from tests.record_factory import (
     eight_backends,
     failed,

@@ -120,6 +120,7 @@ def test_no_process_is_left(failed: dict[str, dict[str, Any]], unruly: Command) 
     assert list(processes_of(unruly)) == []
 
 
+@pytest.mark.soak  # waits 45 s, so that a slow start is no hang; of one process, test_failures does it in 15
 def test_a_hanging_rank_times_out(unruly: Command, out: Path) -> None:
     (body,) = unruly.json("run", "--preset", "tiny", "--backend", "unruly-hangs-in-load", *DDP,
                           "--timeout-seconds", "45", "--out", out)  # fmt: skip

@@ -13,11 +13,12 @@ from rich.console import Console
 
 from bench.judge.comparison import Comparison, compare
 from bench.record.schema import Record
-from bench.show.drawing import Plot, assign_styles
+from bench.show.drawing import Plot
 from bench.show.figures_csv import COLUMNS, figures_csv
 from bench.show.page import page
 from bench.show.ratio_plots import ratio_plots
 from bench.show.ratios import ratio_tables
+from bench.show.styles import assign_styles
 from bench.show.tables import markdown, terminal_table
 from tests.record_factory import eight_backends, planted, record, step
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from bench.record.schema import Record
 from bench.record.store import Store
 from tests.command import ROOT
 from tests.record_factory import MIB, record, step
-from tests.truth import verdicts
+from tests.truth import memory, verdicts
 from tests.truth.__main__ import line
 from tests.truth.session import Session
 
@@ -69,30 +70,38 @@ def test_a_delay_is_right_where_it_is_measured_as_planted(measured: float, right
     assert verdicts.judge_delay(records, A, B, seconds_per_step=0.01).right is right
 
 
-def holding(more_mib: dict[str, int]) -> list[Record]:
-    """One run, and the same with so much more in the readings of some phases."""
-    plain = record(A, cpu=True)
-    readings = tuple(
-        reading.model_copy(
-            update={
-                name: value + more_mib.get(reading.phase, 0) * MIB
-                for name in verdicts.PHASE_READINGS[reading.phase]
-                if (value := getattr(reading, name)) is not None
-            }
+def holding(more_mib: dict[str, int], repeats: int = 10, noise_mib: float = 2.0) -> list[Record]:
+    """Runs, and the same with so much more in the readings of some phases, none exactly."""
+    draw, made = random.Random(1), []
+    for repeat in range(repeats):
+        plain = record(A, repeat=repeat, cpu=True)
+        readings = tuple(
+            reading.model_copy(
+                update={
+                    name: value + round((more_mib.get(reading.phase, 0) + draw.gauss(0, noise_mib)) * MIB)
+                    for name in memory.PHASE_READINGS[reading.phase]
+                    if (value := getattr(reading, name)) is not None
+                }
+            )
+            for reading in plain.memory.readings
         )
-        for reading in plain.memory.readings
-    )
-    held = plain.model_copy(update={"memory": plain.memory.model_copy(update={"readings": readings})})
-    return [plain, under(held, B)]
+        held = plain.model_copy(update={"memory": plain.memory.model_copy(update={"readings": readings})})
+        made += [plain, under(held, B)]
+    return made
 
 
 @pytest.mark.parametrize(
     ("more_mib", "right"),
     [({"backward": 64}, True), ({}, False), ({"backward": 58}, False), ({"forward": 64}, False),
-     ({"backward": 64, "optimizer_step": 64}, False)],
+     ({"backward": 64, "optimizer_step": 64}, False), ({"backward": 64, "loaded": 6}, False)],
 )  # fmt: skip
 def test_held_memory_is_right_in_its_phase_alone(more_mib: dict[str, int], right: bool) -> None:
-    assert verdicts.judge_held(holding(more_mib), A, B, "backward", 64 * MIB).right is right
+    assert memory.judge_held(holding(more_mib), A, B, "backward", 64 * MIB).right is right
+
+
+@pytest.mark.parametrize("unfit", [{"noise_mib": 30.0}, {"repeats": 1}])
+def test_memory_in_which_the_plant_could_hide_is_no_right_answer(unfit: dict[str, Any]) -> None:
+    assert not memory.judge_held(holding({"backward": 64}, **unfit), A, B, "backward", 64 * MIB).right
 
 
 @pytest.mark.parametrize(("slope_mib", "right"), [(2, True), (0, False)])
@@ -128,7 +137,7 @@ def test_runs_that_were_not_split_are_wrong() -> None:
 def test_hidden_weights_are_right_where_memory_shows_all_of_them(share: float, right: bool) -> None:
     weights = record(A).quantization.weights  # type: ignore[union-attr]
     records = holding({"loaded": round(share * 2 * weights / MIB)})
-    assert verdicts.judge_hidden_weights(records, A, B).right is right
+    assert memory.judge_hidden_weights(records, A, B).right is right
 
 
 # ---- through the real command --------------------------------------------------------------------

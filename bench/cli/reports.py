@@ -45,8 +45,14 @@ def _paths(files: ReportFiles) -> dict[str, object]:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path))
 @allow_option
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of the report.  [default: the first DIR]",
+)
 @click.option(
     "--baseline",
     metavar="LABEL",
@@ -64,28 +70,35 @@ def _paths(files: ReportFiles) -> dict[str, object]:
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report's paths as JSON.")
 def report(
-    folder: Path,
+    folders: tuple[Path, ...],
     allow: frozenset[str],
+    out: Path | None,
     baseline: str | None,
     formats: tuple[str, ...],
     open_page: bool,
     as_json: bool,
 ) -> None:
-    """Write the report of the records in FOLDER: a page, Markdown, tables and figures.
+    """Write the report of the records in every DIR: a page, Markdown, tables and figures.
 
-    Runs that are not alike stand in groups apart, the largest first; the report names what differs.
+    Runs that are not alike stand in groups apart, the largest first; the report names what differs. Records
+    that several machines made (run --shard) are joined: what is there twice or missing is named.
     """
-    from bench.record.store import Store
+    from bench.record.joining import join
     from bench.show.terminal import say
 
-    records = list(Store(folder).records())
-    if not records:
+    joined = join(folders)
+    if not joined.records:
         raise UserError(
-            f"'{folder}' holds no records", "make some with: qlora-bench run --out " + str(folder)
+            f"{_quoted(folders)} {'holds' if len(folders) == 1 else 'hold'} no records",
+            f"make some with: qlora-bench run --out {folders[0]}",
         )
     if open_page and "html" not in formats:
         raise UserError("--open needs the page", "add --format html")
-    _, files = written_report(records, folder, allow, baseline, formats)
+    for note in joined.notes:
+        click.echo(one_line(note), err=True)
+    _, files = written_report(
+        joined.records, out or folders[0], allow, baseline, formats, notes=joined.notes
+    )
     if as_json:
         click.echo(json.dumps(_paths(files)))
     else:
@@ -93,6 +106,10 @@ def report(
             say(f"report: {path}")
     if open_page and files.html:
         click.launch(files.html.resolve().as_uri())
+
+
+def _quoted(folders: Sequence[Path]) -> str:
+    return ", ".join(f"'{folder}'" for folder in folders)
 
 
 @click.command()
@@ -143,12 +160,13 @@ def written_report(
     baseline: str | None = None,
     formats: Collection[str] | None = None,
     refresh_seconds: float | None = None,
+    notes: Sequence[str] = (),
 ) -> tuple[Comparison, ReportFiles]:
     """Write the report of ``records``, and of the triage in ``folder`` where there is one.
 
     ``baseline``: the label that ratios are to. ``formats``: see ``bench.show.report``; None: the usual ones.
-    ``refresh_seconds``: how often the page loads itself again. Raises UserError where no completed run has
-    the baseline.
+    ``refresh_seconds``: how often the page loads itself again. ``notes``: of the set itself. Raises
+    UserError where no completed run has the baseline.
     """
     from bench.judge.comparison import compare
     from bench.record.forecast import forecasts_below
@@ -160,7 +178,7 @@ def written_report(
     # A slice is no run of the model; it stands in the forecast.
     aside |= {key for forecast in forecasts_below(folder) for key in forecast.slice_keys}
     shown = [record for record in records if record.key not in aside] or records
-    comparison = compare(shown, allow, baseline)
+    comparison = compare(shown, allow, baseline, notes)
     files = write_report(comparison, folder, formats or DEFAULT_FORMATS, refresh_seconds)
     return comparison, files
 

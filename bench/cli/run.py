@@ -89,6 +89,7 @@ def run_options(function: Function) -> Function:
 @click.command()
 @run_options
 @allow_option
+@click.option("--shard", metavar="I/N", help="Only the I-th of N parts of the plan, for one machine of N.")
 @click.option("--retry", metavar="failed", help="Repeat only recorded runs that did not complete.")
 @click.option("--no-skip", is_flag=True, help="Run also what cannot fit because a smaller run did not.")
 @click.option("--no-preflight", is_flag=True, help="Do not look at the cards before the first run.")
@@ -97,6 +98,7 @@ def run_options(function: Function) -> Function:
 @click.option("--json", "as_json", is_flag=True, help="Print the records as JSON instead of the table.")
 def run(
     allow: frozenset[str],
+    shard: str | None,
     retry: str | None,
     no_skip: bool,
     no_preflight: bool,
@@ -106,6 +108,7 @@ def run(
     **flags: Any,
 ) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
+    from bench.record.slices import save_slice
     from bench.run.arrange import Asked, arrange
     from bench.run.preflight import Examiner
     from bench.run.sweep import run_sweep
@@ -114,7 +117,7 @@ def run(
 
     console = Terminal(stderr=as_json, quiet=quiet or as_json)
     _check_retry(retry, force=flags["force"])
-    arranged = arrange(Asked(**flags))
+    arranged = arrange(Asked(**flags, shard=shard))
     examiner = Examiner(skip=True) if no_preflight else arranged.sweep.examiner
     sweep = replace(
         arranged.sweep, examiner=examiner, retry_failed=retry is not None, skip_larger=not no_skip
@@ -125,6 +128,8 @@ def run(
         )
     if not dry_run:
         click.get_current_context().with_resource(sweep.store.open_for_writing())
+        if arranged.own is not None:
+            save_slice(sweep.store.folder, arranged.own, arranged.plan)
     for line in filter(None, (arranged.headline, other_commits(sweep, allow))):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
@@ -155,6 +160,9 @@ def _conclude(sweep: Sweep, allow: frozenset[str], *, as_json: bool, quiet: bool
     gone."""
     from bench.record.store import read_record
 
+    if not sweep.requests:
+        click.echo("[]" if as_json else "this part of the plan has no runs")
+        return
     paths = [sweep.store.path(request.key) for request in sweep.requests]
     records = [read_record(path) for path in paths if path.exists()]
     show(records, sweep.store.folder, allow, as_json=as_json, quiet=quiet)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.judge.conditions import Condition, find_conditions
@@ -47,12 +47,16 @@ class Comparison:
 
 
 def compare(
-    records: Iterable[Record], allow: Collection[str] = (), baseline: str | None = None
+    records: Iterable[Record],
+    allow: Collection[str] = (),
+    baseline: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Comparison:
     """Derive every figure from ``records`` and find out which of them may stand side by side.
 
     ``allow``: families of conditions (``bench.judge.families``) in which alike runs may differ. ``baseline``:
     the label that ratios are to; the unquantized backend, else the first, where it is None or not in a group.
+    ``notes``: what is known of the set itself, to stand before all other warnings.
     Raises UserError where no completed run has it.
     """
     rows = tell_apart(make_rows(list(records)))
@@ -61,4 +65,5 @@ def compare(
         check_baseline(baseline, [row.label for row in completed], [row.label for row in rows])
     groups = find_groups(completed, allow, baseline)
     conditions = find_conditions(completed, allow)
-    return Comparison(rows, groups, conditions, caveat(groups), warnings(rows, groups, conditions))
+    doubts = (*notes, *warnings(rows, groups, conditions))
+    return Comparison(rows, groups, conditions, caveat(groups), doubts)

@@ -62,8 +62,9 @@ class Decision:
     """In the order of the comparison."""
     broken: tuple[Summary, ...]
     """Quantized backends of the group whose training broke."""
-    reference: Summary | None
-    """The unquantized reference, if it completed among them."""
+    reference: Candidate | None
+    """The unquantized reference beside the leaders, if it completed among them: what quantization costs and
+    saves, and no choice."""
 
     @property
     def both(self) -> tuple[Candidate, ...]:
@@ -94,7 +95,7 @@ def decide(comparison: Comparison) -> Decision | None:
         leaders=leaders,
         candidates=candidates,
         broken=tuple(one for one in quantized if one.verdict.verdict in BAD),
-        reference=_reference(group),
+        reference=_reference(group, first),
     )
 
 
@@ -170,5 +171,6 @@ def _by_repeat(summary: Summary, field: str) -> dict[int, float]:
     return {row.repeat: value for row in summary.rows if (value := getattr(row, field)) is not None}
 
 
-def _reference(group: Group) -> Summary | None:
-    return next((one for one in group.summaries if is_reference(one)), None)
+def _reference(group: Group, first: Mapping[str, Summary]) -> Candidate | None:
+    found = next((one for one in group.summaries if is_reference(one)), None)
+    return Candidate(found, _differences(found, first)) if found else None

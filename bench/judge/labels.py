@@ -17,11 +17,8 @@ WATCHING = ("trace", "fidelity")
 
 def labels_of(records: Sequence[Record]) -> list[str]:
     """The backend's id, with what sets it apart where one backend has several kinds of request."""
-    by_backend: dict[str, list[dict[str, str]]] = {}
     asked = [_flat(_lasting(record)) for record in records]
-    for own in asked:
-        by_backend.setdefault(own["backend"], []).append(own)
-    telling = {backend: telling_apart(siblings) for backend, siblings in by_backend.items()}
+    telling = _telling(asked)
     labels = []
     for own in asked:
         apart = [
@@ -32,6 +29,26 @@ def labels_of(records: Sequence[Record]) -> list[str]:
         ]
         labels.append(f"{own['backend']} ({', '.join(apart)})" if apart else own["backend"])
     return labels
+
+
+def swept_settings(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Setting -> its value in each record, in words, of the settings in which runs of one backend differ.
+
+    Layers rescaled by ``--stress`` are left out: they are no setting that a person sweeps.
+    """
+    asked = [_flat(_lasting(record)) for record in records]
+    paths = dict.fromkeys(path for found in _telling(asked).values() for path in found)
+    return {
+        path: [own.get(path, "unset") for own in asked] for path in paths if not path.startswith("stress.")
+    }
+
+
+def _telling(asked: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """Backend -> the settings that tell its requests apart."""
+    by_backend: dict[str, list[Mapping[str, str]]] = {}
+    for own in asked:
+        by_backend.setdefault(own["backend"], []).append(own)
+    return {backend: telling_apart(siblings) for backend, siblings in by_backend.items()}
 
 
 def _setting(path: str) -> str:

@@ -16,15 +16,16 @@ from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.packing import CALIBRATIONS
 from bench.ask.placement import place
-from bench.ask.plan import ModelRequest, plan
+from bench.ask.plan import ModelRequest, RunRequest, plan
 from bench.ask.preset import AUTOMATIC, Preset, choose_preset, load_preset
+from bench.ask.slices import Slice
 from bench.ask.stress import parse_stress, resolve_stress
-from bench.ask.versions import CURRENT, HARNESS_LIBRARIES
+from bench.ask.versions import CURRENT
 from bench.errors import BadValue, unknown
 from bench.load.registry import Entry, find_backends
 from bench.probe.machine import cuda_devices, usable_cores
 from bench.record.store import Store
-from bench.run.environments import environment_of, runs_in, versions_in
+from bench.run.environments import environment_of, runs_in, versions_of
 from bench.run.placing import refuse_placement, settle
 from bench.run.sources import find_sources
 from bench.run.sweep import Sweep
@@ -73,6 +74,8 @@ class Asked:
     cache: bool = False
     download: bool = False
     force: bool = False
+    shard: str | None = None
+    """``I/N``: only the I-th of N slices of the plan."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,10 @@ class Arranged:
 
     sweep: Sweep
     headline: str
+    plan: Sequence[RunRequest]
+    """Of which the sweep may be a slice."""
+    own: Slice | None
+    """Which; None: it is the whole."""
 
 
 def arrange(asked: Asked) -> Arranged:
@@ -91,6 +98,7 @@ def arrange(asked: Asked) -> Arranged:
     calibration = next((name for name in CALIBRATIONS if name == asked.calibration), None)
     if calibration is None:
         raise unknown("calibration", asked.calibration, CALIBRATIONS)
+    own = None if asked.shard is None else Slice.parse(asked.shard)
     entries = find_backends()
     experiment, preset, why = _experiment(asked, entries)
     digest = None
@@ -119,17 +127,16 @@ def arrange(asked: Asked) -> Arranged:
         data_digest=digest,
         calibrations={name: source.calibration for name, source in sources.items()},
         environments=environments,
-        versions={
-            name: versions_in(where, (*HARNESS_LIBRARIES, *entries[name].distributions))
-            for name, where in environments.items()
-        },
+        versions=versions_of(entries, environments),
     )
     placed = ""
     if experiment.placement == "auto" and experiment.device_count is None:
         requests, placed = settle(requests, cuda_devices())
     out = asked.out or DEFAULT_OUT / Path(experiment.preset).stem
+    if own is not None:
+        out /= own.folder_name
     sweep = Sweep(
-        requests,
+        own.of(requests) if own else requests,
         sources,
         entries,
         Store(out),
@@ -138,9 +145,9 @@ def arrange(asked: Asked) -> Arranged:
     )
     headline = (
         f"preset {experiment.preset}{why}: {_models_in_words(sweep)}, on {device}{placed}; "
-        f"{len(requests)} runs of {experiment.workload.steps} steps"
+        f"{_counted(sweep, requests, own)} of {experiment.workload.steps} steps"
     )
-    return Arranged(sweep, headline)
+    return Arranged(sweep, headline, requests, own)
 
 
 def _options(
@@ -152,6 +159,11 @@ def _options(
         **(preset.synthetic_options.get(backend, {}) if synthetic else {}),
         **experiment.options.get(backend, {}),
     }
+
+
+def _counted(sweep: Sweep, requests: Sequence[RunRequest], own: Slice | None) -> str:
+    part = f"{own}: {len(sweep.requests)} of " if own else ""
+    return f"{part}{len(requests)} runs"
 
 
 def _models_in_words(sweep: Sweep) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from bench.ask.experiment import Frozen, describe
-from bench.ask.versions import CURRENT, installed_versions
+from bench.ask.versions import CURRENT, HARNESS_LIBRARIES, installed_versions
 from bench.errors import BadValue, BrokenFile, UserError, unknown
 from bench.load.registry import Entry
 from bench.probe.machine import REPOSITORY
@@ -184,6 +184,16 @@ def versions_in(name: str, distributions: tuple[str, ...]) -> dict[str, str | No
     if found.problem() is not None:
         return {**dict.fromkeys(distributions), **ours}
     return {**ask(found.interpreter, (), distributions).versions, **ours}
+
+
+def versions_of(
+    entries: Mapping[str, Entry], environments: Mapping[str, str]
+) -> dict[str, dict[str, str | None]]:
+    """Of each backend, the versions of every library in play where it runs. ``environments``: id -> where."""
+    return {
+        name: versions_in(where, (*HARNESS_LIBRARIES, *entries[name].distributions))
+        for name, where in environments.items()
+    }
 
 
 def python_path() -> str:

@@ -16,7 +16,6 @@ from bench.show.drawing import (
     LONGEST_IN_LEGEND,
     LONGEST_OF_LINES,
     Plot,
-    assign_styles,
     box,
     elided,
     finish,
@@ -26,6 +25,8 @@ from bench.show.drawing import (
 )
 from bench.show.fit_view import CardUse, RunUse, fullest_in_words, room_in_words
 from bench.show.memory_plots import KINDS
+from bench.show.owners import owner_id
+from bench.show.styles import assign_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +50,8 @@ class Bar:
     """Bytes and look, from the left."""
     peak_bytes: int
     capacity_bytes: int | None
+    whose: str
+    """The backend's, as `owner_id` gives it."""
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Lines:
     top: float = 0.0
     ticks: list[float] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
 
 
 def _height(groups: Mapping[str, Sequence[Bar]]) -> float:
@@ -76,13 +80,16 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Sequence[Bar]]) -> None:
             _draw_bar(axes, bars[0], lines, ALONE_INCHES, elided(name, LONGEST_OF_LINES))
         else:
             lines.top += HEADER_INCHES
-            axes.annotate(elided(name, LONGEST_IN_LEGEND), (0, lines.top - 0.04), va="bottom", ha="left")
+            at: Any = {"va": "bottom", "ha": "left", "gid": bars[0].whose}
+            axes.annotate(elided(name, LONGEST_IN_LEGEND), (0, lines.top - 0.04), **at)
             for bar in bars:
                 _draw_bar(axes, bar, lines, BAR_INCHES, elided(bar.name, LONGEST_OF_LINES))
         lines.top += GAP_INCHES
     every = [bar for bars in groups.values() for bar in bars]
     longest = max(1, *(max(bar.peak_bytes, bar.capacity_bytes or 0) for bar in every))
     axes.set_yticks(lines.ticks, lines.names)
+    for text, whose in zip(axes.get_yticklabels(), lines.owners, strict=True):
+        text.set_gid(whose)
     small = any(len(bars) > 1 for bars in groups.values())
     axes.tick_params(axis="y", length=0, labelsize=BAR_LABEL_POINTS if small else None)
     axes.set_ylim(lines.top, 0)
@@ -95,7 +102,7 @@ def _draw_groups(axes: Axes, groups: Mapping[str, Sequence[Bar]]) -> None:
 def _draw_bar(axes: Axes, bar: Bar, lines: Lines, inches: float, name: str) -> None:
     middle, left = lines.top + inches / 2, 0.0
     for size, look in bar.pieces:
-        axes.barh(middle, size / GIB, 0.78 * inches, left, **look)
+        axes.barh(middle, size / GIB, 0.78 * inches, left, gid=bar.whose, **look)
         left += size / GIB
     if bar.capacity_bytes is not None:
         place = bar.capacity_bytes / GIB
@@ -103,16 +110,17 @@ def _draw_bar(axes: Axes, bar: Bar, lines: Lines, inches: float, name: str) -> N
         ends = [lines.top - GAP_INCHES / 2, lines.top + inches + GAP_INCHES / 2]
         axes.plot([place, place], ends, color=INK, lw=2, solid_capstyle="butt")
     room = room_in_words(bar.peak_bytes, bar.capacity_bytes)
-    at: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": BAR_LABEL_POINTS}
-    axes.annotate(room, (1.015, middle), **at)
+    at: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "gid": bar.whose}
+    axes.annotate(room, (1.015, middle), fontsize=BAR_LABEL_POINTS, **at)
     lines.ticks.append(middle)
     lines.names.append(name)
+    lines.owners.append(bar.whose)
     lines.top += inches
 
 
 def measured_cards(uses: Sequence[RunUse]) -> Plot:
     """Exact tensor bytes by kind and the rest of the peak, stacked, for each device of each run."""
-    groups = {use.name: [_measured_bar(card) for card in use.cards] for use in uses}
+    groups = {use.name: [_measured_bar(card, use.row.label) for card in use.cards] for use in uses}
     cards = [card for use in uses for card in use.cards]
     handles: dict[str, Any] = {
         label: box(**shading(shade, hatch))
@@ -140,13 +148,13 @@ def measured_cards(uses: Sequence[RunUse]) -> Plot:
         return finish(figure, MEASURED_CARDS, title, text)
 
 
-def _measured_bar(card: CardUse) -> Bar:
+def _measured_bar(card: CardUse, label: str) -> Bar:
     pieces = [(size, shading(*KINDS[kind][1:])) for kind, size in card.parts.items()]
     if not card.parts:
         pieces.append((card.peak_bytes, shading(*NOT_COUNTED[1:])))
     elif card.rest_bytes:
         pieces.append((card.rest_bytes, shading(*REST[1:])))
-    return Bar(card.name, pieces, card.peak_bytes, card.capacity_bytes)
+    return Bar(card.name, pieces, card.peak_bytes, card.capacity_bytes, owner_id(label))
 
 
 def forecast_cards(
@@ -164,6 +172,7 @@ def forecast_cards(
                 [(peak, {"color": styles[backend.backend].color})],
                 peak,
                 outlook.capacity_bytes,
+                owner_id(backend.backend),
             )
             for count, peak in enumerate(outlook.peak_bytes, start=1)
         ]

@@ -39,6 +39,21 @@ CONFIG_CLASSES: Mapping[str, str] = {
 }
 
 
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "4bit": frozenset(("quant_type", "double_quantization")),
+    "int8": frozenset(("outlier_threshold",)),
+    "hqq": frozenset(("bits", "group_size", "axis", "optimize")),
+    "gptq": frozenset(("group_size",)),
+    "awq": frozenset(("group_size",)),
+}
+"""How the tools would be told -> the backend's options that the settings name."""
+
+
+def has_configurations(request: RunRequest) -> bool:
+    """Whether the record holds every option that the settings name; an older one may not."""
+    return OPTIONS.get(KINDS.get(request.backend, ""), frozenset()) <= set(request.options)
+
+
 def configurations(request: RunRequest) -> tuple[Configuration, ...]:
     """The run as Python and as YAML, ready to paste but for the dataset, which is the reader's own."""
     values = _values(request)

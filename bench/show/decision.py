@@ -14,6 +14,7 @@ from bench.judge.comparison import Comparison
 from bench.judge.decision import MEMORY, SPEED, WEIGHED, Candidate, Decision, Difference, decide, is_reference
 from bench.judge.groups import Summary
 from bench.judge.rows import Row
+from bench.judge.stability import BAD
 from bench.show.columns import gib, number, outcome, words
 from bench.show.runs_shown import runs_shown
 
@@ -31,11 +32,20 @@ LEAD_TOGETHER: Mapping[str, str] = {MEMORY: "need the least memory", SPEED: "are
 class DecisionText:
     """What is said of the choice."""
 
-    sentence: str
+    lead: str
+    """Which backend, and at what price."""
+    rest: str
+    """Whether the gradients survived, and how sure that is; empty where there is no choice."""
     others: tuple[str, ...]
-    """One line for each backend that could be chosen and does not lead in everything."""
+    """One line for each backend that could be chosen and does not lead in everything, and one for the
+    unquantized reference."""
     out: tuple[str, ...]
     """One line for each backend that is no choice, with its reason."""
+
+    @property
+    def sentence(self) -> str:
+        """Both in one."""
+        return f"{self.lead} {self.rest}".strip()
 
 
 def decision_of(comparison: Comparison) -> DecisionText | None:
@@ -43,11 +53,12 @@ def decision_of(comparison: Comparison) -> DecisionText | None:
     decision = decide(comparison)
     if decision is None:
         return None
-    best = decision.both
+    best, (lead, *more) = decision.both, _sentence(decision)
     rest = [one for one in decision.candidates if one not in best]
     return DecisionText(
-        sentence=" ".join(_sentence(decision)),
-        others=tuple(_standing(one, decision) for one in rest),
+        lead=lead,
+        rest=" ".join(more),
+        others=(*(_standing(one, decision) for one in rest), *_unquantized(decision)),
         out=tuple(dict.fromkeys((
             *map(_broken, decision.broken),
             *_apart(comparison),
@@ -66,12 +77,18 @@ def _sentence(decision: Decision) -> Iterator[str]:
     elif len(decision.both) == len(decision.candidates):
         yield f"{_listed(decision.candidates)} cannot be told apart, in memory or in speed."
     elif decision.both:
-        yield _both(decision)
+        yield f"{_among(decision)}{_both(decision)}"
     else:
-        yield f"{', '.join(_lead(decision, f) for f in WEIGHED if f in decision.leaders)}{_price(decision)}."
+        leads = ", ".join(_lead(decision, field) for field in WEIGHED if field in decision.leaders)
+        yield f"{_among(decision)}{leads}{_price(decision)}."
     yield from _stability(decision)
     if not decision.ranked and len(decision.candidates) > 1:
         yield "Each ran once: this is what was measured, and small differences can be chance."
+
+
+def _among(decision: Decision) -> str:
+    """Whom the superlatives are about: the reference may be faster than all of them."""
+    return "Of the quantized backends, " if decision.reference else ""
 
 
 def _both(decision: Decision) -> str:
@@ -125,12 +142,25 @@ def _standing(one: Candidate, decision: Decision) -> str:
     """One backend beside the leaders."""
     parts = []
     for field, difference in one.differences.items():
-        if decision.leaders[field][0] is one:
+        if decision.leaders[field] == (one,):
             parts.append(LEADS[field])
         else:
             level = f"level in {'memory' if field == MEMORY else 'speed'}"
             parts.append(_amount(difference, field) if difference.better is False else level)
     return f"{one.label}: {', '.join(parts)}; {words(one.summary.verdict.verdict)}"
+
+
+def _unquantized(decision: Decision) -> Iterator[str]:
+    """What quantization saves and costs: the reference beside who leads in each figure."""
+    one = decision.reference
+    if one is None or not one.differences:
+        return
+    parts = []
+    for field, difference in one.differences.items():
+        leader = decision.leaders[field][0].label
+        level = f"level in {'memory' if field == MEMORY else 'speed'} with {leader}"
+        parts.append(level if difference.better is None else f"{_amount(difference, field)} than {leader}")
+    yield f"{one.label}, not quantized: {', '.join(parts)}; {words(one.summary.verdict.verdict)}"
 
 
 def _amount(difference: Difference, field: str) -> str:
@@ -175,7 +205,9 @@ def _apart(comparison: Comparison) -> Iterator[str]:
     for group in comparison.groups[1:]:
         why = [f"{one.name} {one.here} instead of {one.there}" for one in group.differences[:NAMED]]
         for one in group.summaries:
-            if not is_reference(one):
+            if one.verdict.verdict in BAD and not is_reference(one):
+                yield _broken(one)
+            elif not is_reference(one):
                 yield f"{one.label}: stands apart ({'; '.join(why) or 'no repeat in common'})"
 
 

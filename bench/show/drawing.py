@@ -1,7 +1,7 @@
 """How every figure is drawn, and how matplotlib's SVG becomes an element that lives in any page.
 
 Text and axes have the colour of the text around them, so a figure is legible on light and on dark; each
-backend has one colour and one marker in all figures; equal data gives equal bytes.
+backend has one colour and one marker in all figures (``bench.show.styles``); equal data gives equal bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bench.errors import printable
+from bench.show.owners import owner_id, with_owners
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -54,43 +55,6 @@ class Plot:
         return f'<?xml version="1.0" encoding="utf-8"?>\n{head}>{style}{rest}\n'
 
 
-@dataclass(frozen=True)
-class Style:
-    """How one backend is drawn everywhere: a colour, and a marker and line for who sees no colour."""
-
-    color: str
-    marker: str
-    line: str | tuple[int, tuple[int, ...]]
-
-
-# Derived from the Okabe-Ito set; each has a contrast of 3 or more on the light and on the dark page.
-STYLES: Mapping[str, Style] = {
-    "bf16": Style("#7d858e", "o", "-"),
-    "bnb-nf4": Style("#1f78b8", "s", "-"),
-    "bnb-nf4-dq": Style("#3898d4", "D", "--"),
-    "bnb-int8": Style("#8a72d8", "^", "-."),
-    "hqq": Style("#d55e00", "v", "-"),
-    "gptq": Style("#0a9470", "P", "--"),
-    "awq": Style("#c5609a", "X", "-."),
-    "eetq": Style("#a8850f", "d", ":"),
-}
-
-
-def assign_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each label: a known backend has its own, others take what is free, in order.
-
-    Where one backend has several labels, the first has its style.
-    """
-    styles: dict[str, Style] = {}
-    for label in labels:
-        own = STYLES.get(label.partition(" (")[0])
-        if own is not None and own not in styles.values():
-            styles[label] = own
-    free = [style for style in STYLES.values() if style not in styles.values()] or list(STYLES.values())
-    others = [label for label in dict.fromkeys(labels) if label not in styles]
-    return styles | {label: free[place % len(free)] for place, label in enumerate(others)}
-
-
 # ---- matplotlib ----------------------------------------------------------------------------------
 
 SETTINGS: Any = {
@@ -123,13 +87,17 @@ def new_figure(height_inches: float) -> Iterator[tuple[Figure, Axes]]:
         warnings.simplefilter("ignore", UserWarning)
         figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(visible=True, axis="both", color=INK, alpha=0.12, lw=0.8)
-        axes.set_axisbelow(True)
-        axes.patch.set_visible(False)
         figure.patch.set_visible(False)
-        yield figure, axes
+        yield figure, dressed(figure.add_subplot())
+
+
+def dressed(axes: Axes) -> Axes:
+    """Axes as every figure has them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=True, axis="both", color=INK, alpha=0.12, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.patch.set_visible(False)
+    return axes
 
 
 def has_place(value: float | None, *, logarithmic: bool = False) -> TypeGuard[float]:
@@ -141,13 +109,20 @@ def has_place(value: float | None, *, logarithmic: bool = False) -> TypeGuard[fl
     return SMALLEST_DRAWN <= abs(value) <= LARGEST_DRAWN and (value > 0 or not logarithmic)
 
 
-def name_lines(axes: Axes, names: Sequence[str]) -> None:
-    """One horizontal line of the figure for each name, from the top down."""
+def name_lines(axes: Axes, names: Sequence[str], labels: Sequence[str]) -> None:
+    """One horizontal line of the figure for each name, from the top down; ``labels``: whose line it is."""
     axes.set_yticks(range(len(names)), [elided(name, LONGEST_OF_LINES) for name in names])
+    name_owners(axes, labels)
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
+
+
+def name_owners(axes: Axes, labels: Sequence[str]) -> None:
+    """Say of each name on the vertical axis whose it is."""
+    for text, label in zip(axes.get_yticklabels(), labels, strict=True):
+        text.set_gid(owner_id(label))
 
 
 def shading(shade: float, hatch: str) -> dict[str, Any]:
@@ -165,11 +140,18 @@ def box(**look: Any) -> Patch:
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Artist]) -> None:
-    """A legend under the figure, in as many columns as its longest label leaves room for."""
+    """A legend under the figure, in as many columns as its longest label leaves room for.
+
+    What belongs to a backend belongs to it in the legend too.
+    """
     look: Any = {"frameon": False, "handlelength": 2.2, "columnspacing": 1.2, "fontsize": 10}
     columns = _legend_columns(list(handles))
     names = [elided(name, LONGEST_IN_LEGEND) for name in handles]
-    figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, **look)
+    legend = figure.legend(handles.values(), names, loc="outside lower center", ncols=columns, **look)
+    for given, *shown in zip(handles.values(), legend.legend_handles, legend.get_texts(), strict=True):
+        for artist in shown:
+            if artist is not None:
+                artist.set_gid(given.get_gid())
 
 
 def height_with_legend(names: Collection[str]) -> float:
@@ -232,7 +214,8 @@ def _clean(text: str, name: str, words: str) -> str:
 
 def _clean_tag(tag: str, name: str) -> str:
     tag = re.sub(r'style="([^"]*)"', lambda match: _attributes(match.group(1)), tag)
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag.replace(INK, "currentColor"))
+    tag = with_owners(tag.replace(INK, "currentColor"))
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
 
 
 def _root(view_box: str, words: str) -> str:

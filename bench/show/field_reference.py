@@ -97,10 +97,11 @@ def _models(schema: Mapping[str, Any]) -> list[str]:
 
 def _line(field: str, about: Mapping[str, Any], summaries: Mapping[str, str]) -> str:
     """One row. A part of the record that has no words of its own has the first sentence of its model."""
-    named = re.search(r"\[(\w+)\]", _type(about))
+    named = re.search(r"\[(\w+)\]", type_in_words(about))
     summary = summaries[named[1]].partition(". ")[0].rstrip(".") + "." if named else ""
     description = _prose(about.get("description", summary))
-    cells = [f"`{field}`", _type(about), _unit(field, _type(about)), _null(about), description]
+    kind = type_in_words(about)
+    cells = [f"`{field}`", kind, _unit(field, kind), _null(about), description]
     default = about.get("default")
     if default not in (None, [], {}) and not isinstance(default, dict):
         cells[4] = f"{description} Default: `{json.dumps(default)}`.".strip()
@@ -126,22 +127,22 @@ def _null(about: Mapping[str, Any]) -> str:
     return _prose(said.group(1).strip()) if said and said.group(1).strip() else NOT_OBSERVED
 
 
-def _type(about: Mapping[str, Any]) -> str:
+def type_in_words(about: Mapping[str, Any]) -> str:
     """A type in words; null has a column of its own."""
     match about:
         case {"$ref": str(reference)}:
             name = reference.rpartition("/")[2]
             found = f"[{name}](#{name.lower()})"
         case {"anyOf": kinds}:
-            named = (_type(kind) for kind in kinds if kind.get("type") != "null")
+            named = (type_in_words(kind) for kind in kinds if kind.get("type") != "null")
             found = " or ".join(dict.fromkeys(named))
         case {"const": value}:
             found = f"`{json.dumps(value)}`"
         case {"enum": values}:
-            spelt = ", ".join(f'`"{value}"`' for value in values)
+            spelt = ", ".join(f"`{json.dumps(value)}`" for value in values)
             found = "non-finite" if values == list(WORDS) else spelt
         case {"type": "array", "items": items}:
-            found = f"list of {_type(items)}"
+            found = f"list of {type_in_words(items)}"
         case {"type": "object"}:
             inner = about.get("additionalProperties")
             of = f": name to {_type_or_null(inner)}" if isinstance(inner, dict) and inner else ""
@@ -155,7 +156,7 @@ def _type(about: Mapping[str, Any]) -> str:
 
 def _type_or_null(about: Mapping[str, Any]) -> str:
     nullable = any(kind.get("type") == "null" for kind in about.get("anyOf", ()))
-    return _type(about) + (" or null" if nullable else "")
+    return type_in_words(about) + (" or null" if nullable else "")
 
 
 def _bounds(about: Mapping[str, Any]) -> str:

@@ -176,8 +176,10 @@ def _figure(line: Line | None, form: Form) -> Figure:
 
 
 def _interval(line: Line, form: Form) -> str:
-    known = line.low is not None and line.high is not None
-    return f"{form(line.low)} to {form(line.high)}" if known else ""
+    if line.low is None or line.high is None:
+        return ""
+    # The interval of a straight line knows nothing of what is measured; seconds and bytes end at zero.
+    return f"{form(max(line.low, 0.0))} to {form(line.high)}"
 
 
 def _measured(value: float | None, error: float | None, form: Form) -> str:

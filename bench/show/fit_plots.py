@@ -1,30 +1,23 @@
 """Figures of "Will it fit, how fast": cards against their size, and step time over depth with its forecast.
 
-``fit_plots(comparison, forecast)`` gives those that there is data for; ``bench.show.plots`` takes them in.
+``fit_plots(comparison, forecast, labels)`` gives those that there is data for; ``bench.show.plots`` takes
+them in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.judge.comparison import Comparison
 from bench.record.forecast import BackendForecast, Forecast, Line
 from bench.show.card_plots import forecast_cards, measured_cards
 from bench.show.columns import number
-from bench.show.drawing import (
-    INK,
-    Plot,
-    Style,
-    assign_styles,
-    finish,
-    has_place,
-    height_with_legend,
-    legend_below,
-    new_figure,
-)
+from bench.show.drawing import INK, Plot, finish, has_place, height_with_legend, legend_below, new_figure
 from bench.show.fit_forecast import outlooks_by_cards
 from bench.show.fit_view import uses_of
+from bench.show.owners import owner_id
+from bench.show.styles import Style, assign_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +28,13 @@ OF_FORECAST = "forecast-"
 """How the names of figures begin that show no run of the comparison."""
 
 
-def fit_plots(comparison: Comparison, forecast: Forecast | None) -> tuple[Plot, ...]:
-    """Every figure of the section that there is data for."""
-    uses = uses_of(comparison)
+def fit_plots(
+    comparison: Comparison, forecast: Forecast | None, labels: Collection[str] | None = None
+) -> tuple[Plot, ...]:
+    """Every figure of the section that there is data for; ``labels``: the kinds of run that are
+    drawn; None: all.
+    """
+    uses = [use for use in uses_of(comparison) if labels is None or use.row.label in labels]
     drawn: list[Plot | None] = [measured_cards(uses)] if uses else []
     if forecast is not None:
         drawn.append(_step_by_depth(forecast))
@@ -86,8 +83,8 @@ def _draw_line(
     axes: Axes, backend: BackendForecast, line: Line, ends: tuple[int, float], style: Style
 ) -> Line2D:
     """The slices as dots, the line through them, and at its end the interval and what was measured there."""
-    full, place = ends
-    look: Any = {"color": style.color, "marker": style.marker, "ms": 5}
+    (full, place), whose = ends, owner_id(backend.backend)
+    look: Any = {"color": style.color, "marker": style.marker, "ms": 5, "gid": whose}
     points = [(x, y) for x, y in zip(backend.slices, line.at_slices, strict=False) if has_place(y)]
     axes.plot([x for x, _ in points], [y for _, y in points], ls="", **look)
     if (
@@ -96,14 +93,15 @@ def _draw_line(
         and has_place(line.fixed + full * line.per_layer)
     ):
         ends_at = [line.fixed, line.fixed + full * line.per_layer]
-        axes.plot([0, full], ends_at, color=style.color, ls=style.line, lw=1.1)
+        axes.plot([0, full], ends_at, color=style.color, ls=style.line, lw=1.1, gid=whose)
     if has_place(line.predicted):
         axes.plot([place], [line.predicted], ls="", **look)
     if has_place(line.low) and has_place(line.high):
-        axes.plot([place, place], [line.low, line.high], color=style.color, lw=1.6, marker="_", ms=7)
+        axes.plot([place] * 2, [line.low, line.high], color=style.color, lw=1.6, marker="_", ms=7, gid=whose)
     if has_place(line.measured):
-        axes.plot([place], [line.measured], ls="", color=INK, mfc="none", marker="o", ms=10, mew=1.3)
-    return _handle(color=style.color, marker=style.marker, ls=style.line)
+        circle: Any = {"ls": "", "mfc": "none", "marker": "o", "ms": 10, "mew": 1.3, "gid": whose}
+        axes.plot([place], [line.measured], color=INK, **circle)
+    return _handle(color=style.color, marker=style.marker, ls=style.line, gid=whose)
 
 
 def _signs(shown: Sequence[tuple[BackendForecast, Line]]) -> dict[str, Line2D]:

@@ -16,6 +16,7 @@ from bench.judge.rows import Row
 from bench.show.columns import number
 from bench.show.drawing import FONTS, LONGEST_IN_LEGEND, Plot, elided, hand_drawn
 from bench.show.heat_map_cells import EDGES, Panel, boxes_of, make_panel
+from bench.show.owners import owned
 
 OPACITIES = (1.0, 0.8, 0.62, 0.46, 0.33, 0.22, 0.13, 0.06)
 """Of each shade, the least headroom first."""
@@ -64,8 +65,10 @@ def _figure(direction: Direction, panels: Sequence[Panel], words: str) -> Plot:
     top = 0.0
     for panel in panels:
         top += NAME_HEIGHT
+        parts.append(f"<g {owned(panel.label)}>")
         parts.append(_text(LEFT, top - 6, elided(panel.name, LONGEST_IN_LEGEND), size=11))
         parts += _map(panel, top, name)
+        parts.append("</g>")
         top += ROW_HEIGHT * len(panel.rows)
     parts += _axis(panels[-1], top)
     parts += _legend(top + 46, name)

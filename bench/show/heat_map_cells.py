@@ -29,6 +29,7 @@ Shade = int | Literal["hatched"]
 class Panel:
     """The map of one run: a row of cells for each step or few steps, the worst cell of those."""
 
+    label: str
     name: str
     steps: tuple[int, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -57,7 +58,7 @@ def make_panel(row: Row, direction: Direction) -> Panel | None:
         return None
     share = math.ceil(len(grid) / ROWS)
     merged = [_worst(grid[first : first + share]) for first in range(0, len(grid), share)]
-    return Panel(f"{row.name}, {row.headroom.dtype}", row.headroom.steps, tuple(merged))
+    return Panel(row.label, f"{row.name}, {row.headroom.dtype}", row.headroom.steps, tuple(merged))
 
 
 def _worst(rows: Sequence[Sequence[Cell]]) -> tuple[Cell, ...]:

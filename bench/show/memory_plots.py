@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bench.judge.rows import TRAINING_PHASES, Row
 from bench.show.columns import GIB, gib, words
-from bench.show.drawing import INK, Plot, Style, box, finish, legend_below, name_lines, new_figure, shading
+from bench.show.drawing import INK, Plot, box, finish, legend_below, name_lines, new_figure, shading
+from bench.show.owners import owner_id
+from bench.show.styles import Style
 from bench.show.wording import ended, extremes
 
 PHASES = {"loaded": 0.25, "attached": 0.4, "forward": 0.6, "backward": 0.8, "optimizer_step": 1.0}
@@ -28,13 +31,16 @@ def memory_by_phase(rows: Sequence[Row], styles: Mapping[str, Style]) -> Plot | 
         return None
     with new_figure(0.9 + 0.62 * len(peaks)) as (figure, axes):
         for place, (row, found) in enumerate(peaks.items()):
+            whose = owner_id(row.label)
             for offset, (phase, shade) in enumerate(PHASES.items()):
                 if phase in found:
                     y, width = place + 0.15 * (offset - 2), found[phase] / GIB
-                    axes.barh(y, width, height=0.13, color=styles[row.label].color, alpha=shade)
+                    color = styles[row.label].color
+                    axes.barh(y, width, height=0.13, color=color, alpha=shade, gid=whose)
             top = max(found.values())
-            axes.annotate(gib(top), (top / GIB, place), (5, 0), textcoords="offset points", va="center")
-        name_lines(axes, [ended(row.label, row) for row in peaks])
+            at: Any = {"textcoords": "offset points", "va": "center", "gid": whose}
+            axes.annotate(gib(top), (top / GIB, place), (5, 0), **at)
+        name_lines(axes, [ended(row.label, row) for row in peaks], [row.label for row in peaks])
         axes.set_xlabel("peak memory of the fullest device (GiB)")
         axes.set_xlim(0, 1.12 * max(max(found.values()) for found in peaks.values()) / GIB)
         legend_below(figure, {words(phase): box(color=INK, alpha=shade) for phase, shade in PHASES.items()})
@@ -61,23 +67,23 @@ def _phase_peaks(row: Row) -> dict[str, int]:
 def bytes_by_kind(rows: Sequence[Row]) -> Plot | None:
     """What the tensors themselves occupy, stacked by kind, summed over the devices."""
     shown = {
-        ended(row.label, row): {kind: size or 0 for kind, size in row.tensor_bytes.items()}
+        row: {kind: size or 0 for kind, size in row.tensor_bytes.items()}
         for row in _first_runs(rows)
         if row.record.memory.bytes_by_kind
     }
     if not shown:
         return None
     with new_figure(1.1 + 0.36 * len(shown)) as (figure, axes):
-        for place, sizes in enumerate(shown.values()):
-            left = 0.0
+        for place, (row, sizes) in enumerate(shown.items()):
+            left, whose = 0.0, owner_id(row.label)
             for kind, (_, shade, hatch) in KINDS.items():
                 if sizes[kind]:
-                    axes.barh(place, sizes[kind] / GIB, 0.62, left, **shading(shade, hatch))
+                    axes.barh(place, sizes[kind] / GIB, 0.62, left, gid=whose, **shading(shade, hatch))
                     left += sizes[kind] / GIB
-        name_lines(axes, list(shown))
+        name_lines(axes, [ended(row.label, row) for row in shown], [row.label for row in shown])
         axes.set_xlabel("bytes of the tensors, all devices (GiB)")
         legend_below(figure, {label: box(**shading(shade, hatch)) for label, shade, hatch in KINDS.values()})
-        sums = {name: sum(sizes.values()) for name, sizes in shown.items()}
+        sums = {ended(row.label, row): sum(sizes.values()) for row, sizes in shown.items()}
         text = "Exact tensor bytes by kind. " + extremes(sums, gib, "GiB in all")
         return finish(figure, "bytes-by-kind", "What the tensors occupy", text)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -18,24 +18,31 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bench.judge.comparison import Comparison
+from bench.judge.rows import Row
+from bench.judge.unlike import listed
 from bench.record.forecast import Forecast
-from bench.record.schema import Record
 from bench.record.triage import Triage
 from bench.show import stability_view
-from bench.show.columns import COLUMNS, MISSING, changed_dtype, gib, number, sections, words
+from bench.show.columns import COLUMNS, MISSING, Line, changed_dtype, gib, number, sections, words
 from bench.show.decision import decision_of
 from bench.show.differences import notes_on
 from bench.show.drawing import Plot
+from bench.show.embedded import embed
+from bench.show.facets import Facets, facets_of
 from bench.show.fit_section import fit_section
 from bench.show.ladder import HEALS, evidence_in_words, rung_in_words
 from bench.show.margin import bits_in_words, dtype_in_words, ending_in_words
 from bench.show.marks import best_legend
+from bench.show.owners import owned
 from bench.show.page_facts import environment_facts, make_cell
+from bench.show.page_tools import column_groups, make_chips, settings_of
 from bench.show.page_top import VERDICTS, count, headline, is_synthetic, make_tiles, models_of, setting
 from bench.show.plots import plots
 from bench.show.ratios import ratio_tables
 from bench.show.runs_shown import margins_of, runs_shown
+from bench.show.selection import RUNS_LISTED, select
 from bench.show.stability_view import factor_in_words
+from bench.show.sweep_plots import OF_SWEEP
 
 __all__ = ["headline", "page"]
 
@@ -62,6 +69,14 @@ FIGURES_OF = {
     "margin": ("margin",),
 }
 """Place on the page -> its figures, in order."""
+MANY = 150
+"""Runs from which on the browser lays out a section only when it comes into view."""
+NAMES_LISTED = 24
+"""Runs that are named for one value of a condition."""
+VALUES_SHOWN = 12
+"""Values of a condition that are shown; a seed has one for each repeat."""
+STANDING_SHOWN = 8
+"""Lines of each list at the top."""
 
 
 def page(
@@ -79,11 +94,8 @@ def page(
     """
     css, script = _own("page.css"), _own("page.js")
     figures = {plot.name: plot for plot in (plots(comparison, forecast) if drawn is None else drawn)}
-    placed = {
-        f"{place}_figures": [figures[n] for n in names if n in figures] for place, names in FIGURES_OF.items()
-    }
-    shown = runs_shown(comparison)
-    hidden = len(comparison.rows) - len(shown)
+    hidden = len(comparison.rows) - len(runs_shown(comparison))
+    chosen, facets = select(comparison), facets_of(comparison.rows)
     return (
         _environment()
         .get_template("page.html")
@@ -103,6 +115,20 @@ def page(
             ratio_tables=ratio_tables(comparison),
             mark_means=best_legend(comparison),
             cells=lambda line: [(column, make_cell(column, line)) for column in COLUMNS],
+            facets=facets.facets,
+            of_run=lambda row: _of_run(row, facets),
+            of_line=lambda line: _of_run(_gravest(line), facets),
+            chips=make_chips(comparison, forecast),
+            column_groups=column_groups(),
+            settings=settings_of(chosen),
+            listed_note=chosen.listed_note,
+            every=chosen.every,
+            every_note=chosen.every_note,
+            uses_shown=RUNS_LISTED,
+            standing_shown=STANDING_SHOWN,
+            values_shown=VALUES_SHOWN,
+            records=embed(comparison.rows, chosen.every),
+            many=len(comparison.rows) > MANY,
             changed_dtype=changed_dtype,
             terms=TERMS,
             verdicts=VERDICTS,
@@ -114,16 +140,37 @@ def page(
             notes=notes_on(comparison),
             missing=MISSING,
             view=stability_view,
-            shown=shown,
+            listed=chosen.listed,
             not_shown=count(hidden, "run") if hidden else "",
             margins=margins_of(comparison),
             margin_words=SimpleNamespace(bits=bits_in_words, dtype=dtype_in_words, ending=ending_in_words),
             triage=triage,
             fit=fit_section(comparison, forecast, figures),
             rung_words=SimpleNamespace(heals=HEALS, rung=rung_in_words, evidence=evidence_in_words),
-            **placed,
+            **_placed(figures),
         )
     )
+
+
+def _placed(figures: Mapping[str, Plot]) -> dict[str, list[Plot]]:
+    """The figures of each place, by the name that the template has for it."""
+    named = {
+        f"{place}_figures": [figures[name] for name in names if name in figures]
+        for place, names in FIGURES_OF.items()
+    }
+    return {**named, "sweep_figures": [plot for name, plot in figures.items() if name.startswith(OF_SWEEP)]}
+
+
+def _gravest(line: Line) -> Row:
+    """The run whose verdict the line shows."""
+    verdict = line.summary.verdict.verdict
+    return next(row for row in line.summary.rows if row.verdict.verdict == verdict)
+
+
+def _of_run(row: Row, facets: Facets) -> Markup:
+    """The attributes by which the script finds the rows of a run."""
+    own = f'data-status="{escape(row.record.status)}" {owned(row.label)} data-facets="{facets.of(row)}"'
+    return Markup(own)  # noqa: S704  (escaped right here; the others are digits and letters)
 
 
 # ---- the page's own files and filters ------------------------------------------------------------
@@ -144,19 +191,24 @@ def _environment() -> Environment:
         joined=", ".join,
         flags=_unbroken_flags,
         factor=factor_in_words,
-        json=_json,
         label=_label,
+        owned=lambda label: Markup(owned(label)),  # noqa: S704  (letters, digits and hyphens)
+        few=_few,
+        standing=_standing,
     )
     return environment
 
 
-NUMBERS = re.compile(r'\[\n(?:\s|[\d.,eE+-]|null|"NaN"|"-?Infinity")*\]')
-"""A JSON list that holds numbers only. No string can look like one, for strings hold no raw line breaks."""
+def _standing(line: str) -> Markup:
+    """Escape a line such as "hqq: 4 % more memory; healthy", with the backend in front set off."""
+    name, colon, rest = line.partition(": ")
+    whole = f"<strong>{escape(name)}</strong>{colon}{escape(rest)}" if colon else escape(line)
+    return Markup(whole)  # noqa: S704  (escaped right here)
 
 
-def _json(record: Record) -> str:
-    """A record as JSON text, in which a list of numbers is one line: the probes have thousands of them."""
-    return NUMBERS.sub(lambda found: " ".join(found.group(0).split()), record.model_dump_json(indent=1))
+def _few(names: Sequence[str]) -> str:
+    """Names with commas between them, and how many are left out of very many."""
+    return listed(names, NAMES_LISTED)
 
 
 def _label(text: str) -> Markup:

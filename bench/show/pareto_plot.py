@@ -17,7 +17,10 @@ from bench.judge.decision import MEMORY, SPEED, dominated
 from bench.judge.groups import Group, Spread
 from bench.judge.stability import BAD, VerdictName
 from bench.show.columns import GIB, gib, number, words
-from bench.show.drawing import INK, Plot, Style, finish, height_with_legend, legend_below, new_figure
+from bench.show.drawing import INK, Plot, finish, height_with_legend, legend_below, new_figure
+from bench.show.owners import owner_id
+from bench.show.selection import KINDS_DRAWN
+from bench.show.styles import Style, assign_styles
 
 RECEDED = 0.35
 """Opacity of what another backend dominates."""
@@ -45,26 +48,34 @@ class Point:
 
 
 def pareto(comparison: Comparison, styles: Mapping[str, Style]) -> Plot | None:
-    """One mark for each backend; None where fewer than two have both figures."""
+    """One mark for each backend; None where fewer than two have both figures.
+
+    Of more than there is room for, those that lead first, then those that other figures draw too.
+    """
     points = _points(comparison.groups[0]) if comparison.groups else []
     if len(points) < 2:
         return None
+    if len(points) > KINDS_DRAWN:
+        points = sorted(points, key=lambda point: (not point.leads, point.label not in styles))[:KINDS_DRAWN]
+        styles = assign_styles([point.label for point in points])
     with new_figure(height_with_legend([point.label for point in points]) + 0.4) as (figure, axes):
         front = sorted(point.place for point in points if point.leads)
         if front:
             axes.step(*zip(*front, strict=True), where="post", color=INK, alpha=0.35, lw=1, ls=":")
         handles = {}
         for point in points:
-            style = styles[point.label]
-            ink: dict[str, Any] = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0}
+            style, whose = styles[point.label], owner_id(point.label)
+            ink: Any = {"color": style.color, "alpha": RECEDED if point.beaten_by else 1.0, "gid": whose}
             fill = style.color if point.verdict != "not_judged" else "none"
-            reach: dict[str, Any] = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
+            reach: Any = {"xerr": _reach(point.memory, GIB), "yerr": _reach(point.speed, 1)}
             x, y = point.place
-            axes.errorbar(x, y, **reach, **ink, lw=1.2)
-            mark: dict[str, Any] = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
+            whiskers = axes.errorbar(x, y, **reach, **ink, lw=1.2)
+            for part in whiskers.get_children():
+                part.set_gid(whose)
+            mark: Any = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
             (handles[point.label],) = axes.plot(*point.place, **mark, **ink)
             if point.verdict in BAD:
-                axes.plot(*point.place, ls="", marker="x", ms=15, mew=2, color=INK)
+                axes.plot(*point.place, ls="", marker="x", ms=15, mew=2, color=INK, gid=whose)
         axes.margins(0.12)
         axes.set_xlabel("peak memory of the fullest device (GiB): less is better")
         axes.set_ylabel("tokens per second: more is better")

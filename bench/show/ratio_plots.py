@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.judge.comparison import Comparison
 from bench.judge.groups import Group
 from bench.judge.intervals import LEVEL, NOISE_MARGIN, Ratio
 from bench.show.columns import number
-from bench.show.drawing import INK, LONGEST_OF_LINES, Plot, Style, elided, finish, name_lines, new_figure
+from bench.show.drawing import INK, LONGEST_OF_LINES, Plot, elided, finish, name_lines, new_figure
 from bench.show.marks import rank_in_words
+from bench.show.owners import owner_id
+from bench.show.styles import Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +44,7 @@ def _plot(group: Group, field: str, styles: Mapping[str, Style]) -> Plot | None:
     ratios = {
         label: one.ratio
         for label, one in standings.items()
-        if one.ratio is not None and math.isfinite(one.ratio.estimate)
+        if label in styles and one.ratio is not None and math.isfinite(one.ratio.estimate)
     }
     if not any(ratio.interval and label != group.baseline for label, ratio in ratios.items()):
         return None
@@ -52,17 +54,18 @@ def _plot(group: Group, field: str, styles: Mapping[str, Style]) -> Plot | None:
         axes.axvspan(1 / (1 + NOISE_MARGIN), 1 + NOISE_MARGIN, color=INK, alpha=0.1, lw=0)
         axes.axvline(1, color=INK, lw=1)
         for place, (label, ratio) in enumerate(ratios.items()):
-            style = styles[label]
+            style, whose = styles[label], owner_id(label)
             if ratio.interval:
                 # What lies beyond the scale is drawn up to its edge.
                 ends = [max(ratio.interval.low, 1 / FARTHEST), min(ratio.interval.high, FARTHEST)]
-                axes.plot(ends, [place] * 2, color=style.color, lw=2.4, solid_capstyle="butt")
-                axes.plot(ends, [place] * 2, ls="", marker="|", ms=9, mew=2, color=style.color)
-            axes.plot([ratio.estimate], [place], ls="", marker=style.marker, color=style.color)
+                axes.plot(ends, [place] * 2, color=style.color, lw=2.4, solid_capstyle="butt", gid=whose)
+                axes.plot(ends, [place] * 2, ls="", marker="|", ms=9, mew=2, color=style.color, gid=whose)
+            axes.plot([ratio.estimate], [place], ls="", marker=style.marker, color=style.color, gid=whose)
             rank = rank_in_words(standings[label])
             beside = f"{number(ratio.estimate)}{f'  #{rank}' if rank else ''}"
-            axes.annotate(beside, (1.01, place), xycoords=("axes fraction", "data"), va="center")
-        name_lines(axes, list(ratios))
+            at: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "gid": whose}
+            axes.annotate(beside, (1.01, place), **at)
+        name_lines(axes, list(ratios), list(ratios))
         _frame(axes, ratios)
         against = elided(group.baseline, LONGEST_OF_LINES)
         axes.set_xlabel(f"ratio to {against} (log scale; bar: {100 * LEVEL:g} % interval; #: rank)")

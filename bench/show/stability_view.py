@@ -24,8 +24,8 @@ HEALS = {True: "yes", False: "no", None: "could not be tried"}
 class Failure:
     """Where one run failed first, each part in words."""
 
+    row: Row
     name: str
-    status: str
     what: tuple[str, ...]
     """Kind of failure, and the value beside the end of the dtype."""
     where: tuple[str, ...]
@@ -160,8 +160,8 @@ def _failure(row: Row, found: FirstFailure) -> Failure:
     spared = "the loss scaler skipped the update" if found.skipped_by_scaler else None
     scale = None if found.loss_scale is None else f"loss scale {found.loss_scale:g}"
     return Failure(
+        row=row,
         name=row.name,
-        status=row.record.status,
         what=_known(KINDS[found.kind], value, end, spared),
         where=_known(found.module, found.tensor, found.device),
         when=_known(f"step {found.step}", batch, found.phase, scale),

@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.judge.rows import Row, step_loss
+from bench.judge.rows import Row, median, step_loss
 from bench.record.schema import Step
+from bench.show.bands import Band, band_of, draw_band
 from bench.show.columns import number
 from bench.show.drawing import (
     INK,
-    SMALLEST_DRAWN,
     Plot,
-    Style,
     finish,
     has_place,
     height_with_legend,
@@ -23,6 +22,8 @@ from bench.show.drawing import (
     name_lines,
     new_figure,
 )
+from bench.show.owners import owner_id
+from bench.show.styles import Style
 from bench.show.wording import ended, extremes
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 Styles = Mapping[str, Style]
+RUNS_ALONE = 24
+"""Runs that have a line of their own; of more, all runs of one kind share one."""
+SPREAD = " Of several runs: the line is their median, the band reaches from the lowest to the highest."
 
 # ---- times ---------------------------------------------------------------------------------------
 
@@ -41,6 +45,8 @@ class Quantity:
     name: str
     title: str
     axis: str
+    bar: str
+    """What the bar is, where a line is one run."""
     of_step: Callable[[Step], float]
     of_run: Callable[[Row], float | None]
     unit: str
@@ -49,7 +55,8 @@ class Quantity:
 STEP_TIME = Quantity(
     "step-time",
     "Seconds per optimizer step",
-    "seconds per optimizer step (bar: median)",
+    "seconds per optimizer step",
+    "bar: median",
     lambda step: step.seconds,
     lambda row: row.step_seconds_median,
     "s at the median of the measured steps",
@@ -57,7 +64,8 @@ STEP_TIME = Quantity(
 THROUGHPUT = Quantity(
     "throughput",
     "Tokens per second",
-    "non-padding tokens per second (bar: all measured steps)",
+    "non-padding tokens per second",
+    "bar: all measured steps",
     lambda step: step.tokens / step.seconds if step.seconds > 0 else math.nan,
     lambda row: row.tokens_per_second,
     "non-padding tokens/s over all measured steps",
@@ -65,28 +73,57 @@ THROUGHPUT = Quantity(
 
 
 def strip(rows: Sequence[Row], styles: Styles, quantity: Quantity) -> Plot | None:
-    """A line of dots for each run that has the quantity."""
-    middles = {row: middle for row in rows if (middle := quantity.of_run(row)) is not None}
-    if not middles:
+    """A line of dots for each run that has the quantity; for each kind of run where there are too many."""
+    measured = [row for row in rows if quantity.of_run(row) is not None]
+    lines = [_of_run(row, quantity) for row in measured]
+    alone = len(lines) <= RUNS_ALONE
+    if not alone:
+        lines = _by_kind(measured, quantity)
+    if not lines:
         return None
-    with new_figure(0.7 + 0.36 * len(middles)) as (figure, axes):
-        for place, (row, middle) in enumerate(middles.items()):
-            style = styles[row.label]
-            seen = [quantity.of_step(step) for step in row.record.steps if not step.warmup]
-            dots = [value if has_place(value) else math.nan for value in seen]
-            # Fanned out in the order of the steps, so that no dot hides another.
-            heights = [place + 0.5 * ((dot + 0.5) / len(dots) - 0.5) for dot in range(len(dots))]
-            axes.plot(dots, heights, ls="", marker=style.marker, mfc="none", color=style.color)
-            if has_place(middle):
-                bar = [place - 0.34, place + 0.34]
-                axes.plot([middle, middle], bar, color=INK, lw=2, solid_capstyle="butt")
-            axes.annotate(number(middle), (1.01, place), xycoords=("axes fraction", "data"), va="center")
-        name_lines(axes, [ended(row.name, row) for row in middles])
-        axes.set_xlabel(quantity.axis)
+    with new_figure(0.7 + 0.36 * len(lines)) as (figure, axes):
+        for place, line in enumerate(lines):
+            style, whose = styles[line.label], owner_id(line.label)
+            # Fanned out in their order, so that no dot hides another.
+            count = len(line.dots)
+            dots = [value if has_place(value) else math.nan for value in line.dots]
+            heights = [place + 0.5 * ((dot + 0.5) / count - 0.5) for dot in range(count)]
+            look: Any = {"marker": style.marker, "mfc": "none", "color": style.color, "gid": whose}
+            axes.plot(dots, heights, ls="", **look)
+            bar: Any = {"color": INK, "lw": 2, "solid_capstyle": "butt", "gid": whose}
+            if has_place(line.middle):
+                axes.plot([line.middle] * 2, [place - 0.34, place + 0.34], **bar)
+            at: Any = {"xycoords": ("axes fraction", "data"), "va": "center", "gid": whose}
+            axes.annotate(number(line.middle), (1.01, place), **at)
+        name_lines(axes, [line.name for line in lines], [line.label for line in lines])
+        axes.set_xlabel(f"{quantity.axis} ({quantity.bar if alone else 'dot: one run; bar: their median'})")
         axes.set_xlim(left=0)
-        named = {ended(row.name, row): middle for row, middle in middles.items()}
+        named = {line.name: line.middle for line in lines}
         text = f"{quantity.title}. {extremes(named, number, quantity.unit)}"
         return finish(figure, quantity.name, quantity.title, text)
+
+
+@dataclass(frozen=True)
+class DotLine:
+    """One horizontal line of dots, and the bar that stands for them."""
+
+    label: str
+    name: str
+    dots: Sequence[float]
+    middle: float
+
+
+def _of_run(row: Row, quantity: Quantity) -> DotLine:
+    dots = [quantity.of_step(step) for step in row.record.steps if not step.warmup]
+    return DotLine(row.label, ended(row.name, row), dots, quantity.of_run(row) or 0.0)
+
+
+def _by_kind(rows: Sequence[Row], quantity: Quantity) -> list[DotLine]:
+    """A dot for each run of a kind."""
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        kinds.setdefault((row.label, ended(row.label, row)), []).append(quantity.of_run(row) or 0.0)
+    return [DotLine(*kind, values, median(values) or 0.0) for kind, values in kinds.items()]
 
 
 # ---- curves --------------------------------------------------------------------------------------
@@ -103,14 +140,6 @@ class Curve:
     value: Callable[[Step], float]
     logarithmic: bool
 
-    def has_place(self, value: float) -> bool:
-        """Whether a value can be drawn on the scale."""
-        return has_place(value, logarithmic=self.logarithmic)
-
-    def is_below(self, value: float) -> bool:
-        """Whether it lies below all that has a place on a logarithmic scale."""
-        return self.logarithmic and math.isfinite(value) and value < SMALLEST_DRAWN
-
 
 LOSS = Curve("loss", "Loss", "mean loss per loss token (nats)", "Loss of each step", step_loss, False)
 GRADIENT_NORM = Curve(
@@ -124,46 +153,42 @@ GRADIENT_NORM = Curve(
 
 
 def curves(rows: Sequence[Row], styles: Styles, curve: Curve) -> Plot | None:
-    """A line for each run; what has no place on the scale is a marker on the edge."""
-    series = {
-        row: {step.index: curve.value(step) for step in row.record.steps if step.losses} for row in rows
-    }
-    series = {row: values for row, values in series.items() if values}
-    if not series:
+    """A line for each kind of run, with a band where it was repeated."""
+    kinds = kinds_of([row for row in rows if any(step.losses for step in row.record.steps)])
+    if not kinds:
         return None
-    names = {ended(row.label, row) for row in series}
-    with new_figure(height_with_legend(names)) as (figure, axes):
+    bands = {
+        name: band_of([_series(row, curve) for row in members], logarithmic=curve.logarithmic)
+        for name, members in kinds.items()
+    }
+    with new_figure(height_with_legend(kinds)) as (figure, axes):
         axes.set_yscale("log" if curve.logarithmic else "linear")
-        # Repeats share a style, so the first line of each label stands for all in the legend.
         legend: dict[str, Line2D] = {}
         crossed = 0
-        for row, values in series.items():
-            style = styles[row.label]
-            drawn = [value if curve.has_place(value) else math.nan for value in values.values()]
-            (line,) = axes.plot(list(values), drawn, color=style.color, marker=style.marker, ls=style.line)
-            legend.setdefault(ended(row.label, row), line)
-            below = [index for index, value in values.items() if curve.is_below(value)]
-            off = [index for index, value in values.items() if not curve.has_place(value)]
-            broken = [index for index in off if index not in below]
-            # Each run a little higher than the one before: crosses of two runs must not cover each other.
-            edge_markers(axes, broken, 1.0 + 0.055 * crossed, "x", style)
-            edge_markers(axes, below, 0.0, "v", style)
-            crossed += bool(broken)
-        _frame_steps(axes, rows)
-        placed = [v for values in series.values() for v in values.values() if curve.has_place(v)]
+        for name, band in bands.items():
+            label = kinds[name][0].label
+            legend[name] = draw_band(axes, band, styles[label], label, crossed)
+            crossed += bool(band.broken)
+        _frame_steps(axes, [row for members in kinds.values() for row in members])
+        placed = [value for band in bands.values() for value in band.drawn]
         frame_values(axes, placed, logarithmic=curve.logarithmic)
         axes.set_ylabel(curve.axis)
         legend_below(figure, legend)
-        return finish(figure, curve.name, curve.title, f"{curve.words}. {_ends(series)}")
+        told = "; ".join(_ends(name, kinds[name], band, curve) for name, band in bands.items())
+        spread = SPREAD if any(band.runs > 1 for band in bands.values()) else ""
+        return finish(figure, curve.name, curve.title, f"{curve.words}. {told}.{spread}")
 
 
-def edge_markers(axes: Axes, steps: Sequence[int], height: float, marker: str, style: Style) -> None:
-    """Markers on an edge of the plot, for values that have no place on its scale."""
-    if not steps:
-        return
-    heights, where = [height] * len(steps), axes.get_xaxis_transform()
-    big: dict[str, Any] = {"ls": "", "ms": 9, "mew": 2.2, "clip_on": False}
-    axes.plot(steps, heights, marker=marker, color=style.color, transform=where, **big)
+def kinds_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Label, with the outcome where it is no completion -> its runs."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(ended(row.label, row), []).append(row)
+    return kinds
+
+
+def _series(row: Row, curve: Curve) -> dict[int, float | None]:
+    return {step.index: curve.value(step) for step in row.record.steps if step.losses}
 
 
 def _frame_steps(axes: Axes, rows: Sequence[Row]) -> None:
@@ -192,11 +217,11 @@ def frame_values(axes: Axes, placed: Sequence[float], *, logarithmic: bool) -> N
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
-def _ends(series: Mapping[Row, Mapping[int, float]]) -> str:
-    parts = []
-    for row, found in series.items():
-        values = list(found.values())
-        bad = sum(not math.isfinite(value) for value in values)
-        text = f"{ended(row.name, row)} from {number(values[0])} to {number(values[-1])}"
-        parts.append(f"{text}, {bad} of {len(values)} steps not finite" if bad else text)
-    return "; ".join(parts) + "."
+def _ends(name: str, rows: Sequence[Row], band: Band, curve: Curve) -> str:
+    broken, places = len(band.broken), len(band.places)
+    if len(rows) > 1:
+        text = f"{name}, {len(rows)} runs, from {number(band.median[0])} to {number(band.median[-1])}"
+        return f"{text}, {broken} of {places} steps not finite in one or more" if broken else text
+    values = tuple(_series(rows[0], curve).values())
+    text = f"{ended(rows[0].name, rows[0])} from {number(values[0])} to {number(values[-1])}"
+    return f"{text}, {broken} of {places} steps not finite" if broken else text

@@ -12,21 +12,9 @@ from bench.judge.comparison import compare
 from bench.judge.groups import FIGURES, find_groups
 from bench.judge.intervals import NOISE_MARGIN, Ratio, differs, paired_ratio
 from bench.judge.rows import make_rows
-from bench.record.memory import MemoryReading
 from bench.record.schema import Record
 
 MIB = 2**20
-PHASE_READINGS = {
-    "loaded": ("allocated_bytes", "resident_bytes"),
-    "attached": ("allocated_bytes", "resident_bytes"),
-    "forward": ("peak_allocated_bytes", "peak_resident_bytes"),
-    "backward": ("peak_allocated_bytes", "peak_resident_bytes"),
-    "optimizer_step": ("peak_allocated_bytes", "peak_resident_bytes"),
-}
-"""Phase -> the reading that shows what is held in it, on a card and on a CPU: peaks of training phases count
-from the phase's beginning, those before the training from the process's."""
-MEMORY_TOLERANCE_BYTES = 4 * MIB
-"""Of a median over fresh processes, whose resident memory differs by heap layout and thread timing."""
 
 
 @dataclass(frozen=True)
@@ -112,45 +100,7 @@ def judge_delay(records: Sequence[Record], plain: str, delayed: str, seconds_per
     )  # fmt: skip
 
 
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def judge_held(records: Sequence[Record], plain: str, holding: str, phase: str, planted_bytes: int) -> Finding:
-    """So much more in that phase's reading, and nothing in any other's.
-
-    What is held when a phase is read, and let go of later, shows in that phase alone.
-    """
-    more = {
-        name: median(
-            _reading(held, name) - _reading(base, name)
-            for held, base in zip(of(records, holding), of(records, plain), strict=True)
-        )
-        for name in PHASE_READINGS
-    }
-    wanted = {name: planted_bytes if name == phase else 0 for name in more}
-    off = {name: more[name] - wanted[name] for name in more}
-    return Finding(
-        f"held in {phase}",
-        f"{planted_bytes / MIB:+.0f} MiB there, nothing elsewhere (+-{MEMORY_TOLERANCE_BYTES / MIB:g} MiB)",
-        ", ".join(f"{name} {value / MIB:+.1f}" for name, value in more.items()) + " MiB",
-        right=all(abs(difference) <= MEMORY_TOLERANCE_BYTES for difference in off.values()),
-        values={"planted_bytes": planted_bytes, "phase": phase, "more_bytes": more},
-    )
-
-
-def judge_hidden_weights(records: Sequence[Record], plain: str, hiding: str) -> Finding:
-    """Dense weights that no walk over a layer finds are in the process's memory all the same."""
-    (base, *_), (held, *_) = of(records, plain), of(records, hiding)
-    assert base.quantization
-    planted = 2 * base.quantization.weights
-    more = _reading(held, "loaded") - _reading(base, "loaded")
-    return Finding(
-        "computes with dense weights that it hides",
-        f"{planted / MIB:+.1f} MiB after the load (+-{MEMORY_TOLERANCE_BYTES / MIB:g} MiB)",
-        f"{more / MIB:+.1f} MiB",
-        right=abs(more - planted) <= MEMORY_TOLERANCE_BYTES,
-        values={"planted_bytes": planted, "more_bytes": more},
-    )
+# ---- a leak --------------------------------------------------------------------------------------
 
 
 def judge_leak(records: Sequence[Record], plain: str, leaking: str, bytes_per_step: int) -> Finding:
@@ -213,12 +163,6 @@ def _standings(records: Sequence[Record], twins: tuple[str, str], figure: str) -
     if len(groups) != 1:
         return [None, None]
     return [groups[0].standing(figure, twin) for twin in twins]
-
-
-def _reading(record: Record, phase: str) -> int:
-    readings: dict[str, MemoryReading] = {reading.phase: reading for reading in record.memory.readings}
-    values = (getattr(readings[phase], name) for name in PHASE_READINGS[phase])
-    return int(next(value for value in values if value is not None))
 
 
 def _half(ratio: Ratio) -> float:
