@@ -88,14 +88,25 @@ def test_the_reference_runs_in_the_older_stack_too(command: Command, tmp_path: P
     assert {body["request"]["environment"] for body in json.loads(done.stdout)} == {"legacy"}
 
 
-@pytest.mark.parametrize("flags", [("--dtype", "float32"), ("--placement", "ddp")], ids=" ".join)
-def test_it_trains_in_float32_and_in_two_processes(command: Command, tmp_path: Path, flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--dtype", "float32"), ("--placement", "ddp"), ("--calibration", "random"), ("--placement", "split"),
+        ("--trace", "--set", "fidelity=on", "--set", "attention=eager"), ("--set", "workload.padding=left"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_stacks_agree_however_they_are_asked(command: Command, tmp_path: Path, flags: tuple[str, ...]) -> None:
     done = command.run("run", "--preset", "tiny", "--backend", "gptq,auto-gptq", *flags, "--out", tmp_path, "--json",
                        timeout=300)  # fmt: skip
     new, old = json.loads(done.stdout)
     assert [new["status"], old["status"]] == ["completed"] * 2, (new["message"], old["message"], old["stderr_tail"])
     for mine, theirs in zip(old["steps"], new["steps"], strict=True):
         assert mine["losses"] == pytest.approx(theirs["losses"], rel=LOSS_TOLERANCE)
+    if "fidelity=on" in flags:
+        # Both against one reference, which the current stack made.
+        cosines = [body["fidelity"]["overall"]["cosine"] for body in (new, old)]
+        assert cosines[0] == pytest.approx(cosines[1], abs=LOSS_TOLERANCE), (new["fidelity"], old["fidelity"])
 
 
 def test_a_failure_in_the_older_stack_is_found_and_replayed(command: Command, tmp_path: Path) -> None:
