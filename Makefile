@@ -7,6 +7,7 @@ PRESET ?= auto
 BACKEND ?= all
 FLAGS ?=
 OUT ?=
+ENV ?=
 PEERS := .venv-peers
 READY := $(VENV)/.ready
 # hqq would compile a CUDA extension that training does not use.
@@ -14,8 +15,8 @@ INSTALL := DISABLE_CUDA=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip i
 COMPILER := $(shell command -v cc || command -v gcc || command -v clang)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench report smollm2 test stability soak docs gallery lint check overhead probes truth peers proxy \
-  gpu-72b wheel lock clean
+.PHONY: help bench env report smollm2 test stability soak docs gallery lint check overhead probes truth peers \
+  proxy gpu-72b wheel lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,8 +45,16 @@ ifeq ($(PRESET),smollm2-135m)
 bench: smollm2
 endif
 
-bench: $(READY) ## Benchmark (BACKEND=id|all PRESET=name OUT=dir FLAGS="...")
+# Another stack's environment is built where it is asked for.
+ifneq ($(ENV),)
+bench: env
+endif
+
+bench: $(READY) ## Benchmark (BACKEND=id|all PRESET=name ENV=name OUT=dir FLAGS="...")
 	$(BIN)/qlora-bench run --preset $(PRESET) --backend $(BACKEND) $(if $(OUT),--out $(OUT)) $(FLAGS)
+
+env: $(READY) ## Build another environment from its lock (ENV=legacy), once
+	$(BIN)/python -m bench.run.environment_build $(ENV)
 
 report: $(READY) ## Write the report of the records in OUT, or of every folder under results/ (FLAGS="--allow dtype")
 	for folder in $(or $(OUT),$(sort $(dir $(wildcard results/*/*/*.record.json))),results); do \
@@ -120,4 +129,4 @@ lock: $(READY) ## Write requirements.lock from what is installed now
 	mv requirements.lock.new requirements.lock
 
 clean: ## Remove the environment and build products
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) environments/*/.venv build dist *.egg-info

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.ask.experiment import Dtype
 from bench.load.contract import DTYPE_BYTES, Layer, Options, Shape, Workspace, largest_dividing_group
@@ -29,15 +29,23 @@ NOT_CUT = (
 """Why FSDP is refused."""
 
 
-class PackedOptions(Options):
+class GroupOptions(Options):
     """Options of a 4-bit checkpoint."""
 
     group_size: int = 128
+
+
+class PackedOptions(GroupOptions):
+    """Those of gptqmodel's backends."""
+
     kernel: str = "auto"
     """A trainable kernel of gptqmodel by its backend name; auto: the one known to train on the device."""
 
 
-def fitted(options: PackedOptions, shapes: Sequence[Shape], device: str) -> tuple[PackedOptions, str | None]:
+Chosen = TypeVar("Chosen", bound=GroupOptions)
+
+
+def fitted(options: Chosen, shapes: Sequence[Shape], device: str) -> tuple[Chosen, str | None]:
     """Options whose group size divides every layer, and a note where that is not the wanted one.
 
     Raises ValueError where none does or where 8 codes do not fill a word.
@@ -53,7 +61,7 @@ def fitted(options: PackedOptions, shapes: Sequence[Shape], device: str) -> tupl
     return regrouped(options, group, "the largest that divides every layer")
 
 
-def regrouped(options: PackedOptions, group: int, why: str) -> tuple[PackedOptions, str | None]:
+def regrouped(options: Chosen, group: int, why: str) -> tuple[Chosen, str | None]:
     """Options with another group size, and a note where that is a change."""
     if group == options.group_size:
         return options, None
@@ -118,6 +126,19 @@ def fill(kernel: Any, layer: Layer, options: PackedOptions, *, symmetric: bool, 
             bias=layer.bias is not None,
             register_buffers=True,
         )
+    take(built, layer, names)
+    for name, buffer in list(built.named_buffers(recurse=False)):
+        if buffer.is_meta:
+            raise ValueError(
+                f"{layer.name}: gptqmodel's layer has a tensor '{name}' that no checkpoint fills"
+            )
+    built.requires_grad_(False)
+    return built
+
+
+def take(built: Any, layer: Layer, names: Sequence[str]) -> None:
+    """Give a library's empty layer the packed tensors of ``layer`` and its bias. Raises ValueError for a
+    tensor of another shape."""
     for name in names:
         tensor = layer.tensors[name]
         expected = getattr(built, name)
@@ -129,13 +150,6 @@ def fill(kernel: Any, layer: Layer, options: PackedOptions, *, symmetric: bool, 
         setattr(built, name, tensor.to(layer.device, copy=True))
     if layer.bias is not None:
         built.bias = layer.bias
-    for name, buffer in list(built.named_buffers(recurse=False)):
-        if buffer.is_meta:
-            raise ValueError(
-                f"{layer.name}: gptqmodel's layer has a tensor '{name}' that no checkpoint fills"
-            )
-    built.requires_grad_(False)
-    return built
 
 
 def dequantizing_workspace(shape: Shape, dtype: Dtype) -> Workspace:

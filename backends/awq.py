@@ -9,21 +9,17 @@ bit in a third of the time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from backends import _gptqmodel as shared
-from bench.ask.experiment import Dtype
-from bench.load.contract import DTYPE_BYTES, Layer, PackedBackend, Shape, Workspace
+from backends._awq_format import AwqCheckpoint
+from bench.load.contract import DTYPE_BYTES, Layer, Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
 
 AUTOMATIC_KERNELS = {"cpu": "awq_torch_aten", "cuda": "awq_gemm"}
-COLUMN_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""AutoAWQ's interleave of 8 output columns in a word."""
 DENSE_FROM_TOKENS = 1025
 """From so many rows on AwqGemmFn dequantizes in forward and multiplies densely."""
 SPLITS = 8
@@ -40,86 +36,13 @@ IN_PIECES = (
 )
 
 
-class Awq(PackedBackend):
+class Awq(AwqCheckpoint):
     """AWQ 4-bit asymmetric, groups of 128, out of a pre-quantized checkpoint (gptqmodel)."""
 
     variants = {"awq": shared.PackedOptions()}
-    refused_placements = {"fsdp": shared.NOT_CUT}
     requires = ("gptqmodel", "optimum")
     extra = "awq"
-    codes = ("qweight",)
-    adapter_casts_input = False
-    method = "awq"
-    calibration_moves_scales = True
-    packed_names = ("qweight", "qzeros", "scales")
     options: shared.PackedOptions
-
-    def effective_dtype(self, requested: Dtype) -> Dtype:
-        """float16 on CUDA (transformers' AwqQuantizer.update_dtype); as asked on a CPU."""
-        if self.device == "cuda" and requested != "float16":
-            self.notes.append(f"float16 instead of {requested}: the AWQ kernels on CUDA compute in float16")
-            return "float16"
-        return requested
-
-    def fit(self, shapes: Sequence[Shape]) -> None:
-        """Replace a group size that does not divide the input features."""
-        self.options, note = shared.fitted(self.options, shapes, self.device)
-        self.notes += [note] if note else []
-
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over a published checkpoint's group size; only the GEMM layout trains."""
-        group = shared.checked_group(config, self.method, self.device)
-        layout = str(config.get("version", config.get("format", "gemm"))).lower()
-        if layout != "gemm":
-            raise ValueError(f"the checkpoint's layout '{layout}' is not 'gemm', the one that trains")
-        self.options, note = shared.regrouped(self.options, group, "as the checkpoint has it")
-        self.notes += [note] if note else []
-
-    def config(self) -> dict[str, Any]:
-        """As AutoAWQ writes it."""
-        return {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": self.options.group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": None,
-        }
-
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Round to nearest without activation scaling: scale = (max - min)/15 of each group."""
-        import torch
-
-        dense = weight.to(torch.float32)
-        rows, columns = dense.shape
-        groups = dense.reshape(rows, -1, self.options.group_size)
-        low, high = groups.amin(dim=2).clamp_max(0), groups.amax(dim=2).clamp_min(0)
-        scale = ((high - low) / 15).to(torch.float16)  # (out, groups)
-        step = torch.where(scale > 0, scale.to(torch.float32), 1.0)
-        zeros = torch.round(-low / step).clamp(0, 15)
-        codes = (torch.round(groups / step.unsqueeze(2)) + zeros.unsqueeze(2)).clamp(0, 15)
-        codes = codes.reshape(rows, columns).to(torch.int32).t().contiguous()
-        return {
-            "qweight": shared.pack_columns(codes, COLUMN_ORDER),
-            "qzeros": shared.pack_columns(zeros.to(torch.int32).t().contiguous(), COLUMN_ORDER),
-            "scales": scale.t().contiguous(),
-        }
-
-    def draw(
-        self, shape: Shape, deviation: float, generator: torch.Generator, device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        """Even codes; zero points of 7 and 8, on either side of the codes' mean."""
-        import torch
-
-        groups, words = shape.in_features // self.options.group_size, shape.out_features // 8
-        sevens = torch.full((groups, words), 0x77777777, dtype=torch.int32, device=device)
-        # 7 + 1 = 8: each zero point is raised or not by a bit of its own.
-        raised = shared.random_words((groups, words), generator, device) & 0x11111111
-        return {
-            "qweight": shared.random_words((shape.in_features, words), generator, device),
-            "qzeros": sevens + raised,
-            "scales": shared.random_scales((groups, shape.out_features), deviation, generator, device),
-        }
 
     def linear(self, layer: Layer) -> torch.nn.Module:
         """gptqmodel's AWQ layer."""
@@ -136,10 +59,6 @@ class Awq(PackedBackend):
     def _kernel_name(self) -> str:
         return AUTOMATIC_KERNELS[self.device] if self.options.kernel == "auto" else self.options.kernel
 
-    def expected_bits(self, shape: Shape) -> float:
-        """4 + (16 + 4)/group for float16 scales and packed zeros."""
-        return 4 + 20 / self.options.group_size
-
     def workspace(self, shape: Shape, tokens: int) -> Workspace:
         """The GEMM kernel on CUDA: backward dequantizes the whole weight; forward too from 1025 tokens on,
         below it holds eight partial products in float32 (nn_modules/qlinear/gemm_awq.py and
@@ -153,22 +72,6 @@ class Awq(PackedBackend):
             return shared.dequantizing_workspace(shape, self.dtype)
         partial = SPLITS * 4 * tokens * shape.out_features
         return Workspace(forward=dense if tokens >= DENSE_FROM_TOKENS else partial, backward=dense)
-
-    def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
-        """Real AWQ (scales searched on activations, 2306.00978) by gptqmodel."""
-        shared.run_calibration(
-            model_folder,
-            output,
-            texts,
-            {
-                "bits": 4,
-                "group_size": self.options.group_size,
-                "sym": False,
-                "quant_method": "awq",
-                "format": "gemm",
-            },
-        )
-        return "awq"
 
 
 def _dequantized_in_pieces(layer: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.ask.versions import CURRENT
 from bench.load.registry import find_backends
 from bench.record.store import Store
 from tests.browser import browser_problems, find_browser
@@ -19,8 +20,10 @@ from tests.browser import browser_problems, find_browser
 
 def main(folder: Path) -> int:
     records = list(Store(folder).records())
+    # Those of other environments have proofs of their own (tests/test_older_stack.py).
+    here = {name for name, entry in find_backends().items() if CURRENT in entry.backend.environments}
     checks = {
-        "a record of every backend": {r.request.backend for r in records} == set(find_backends()),
+        "a record of every backend": {r.request.backend for r in records} == here,
         "every run completed": all(r.status == "completed" for r in records),
         "equal data": len({r.workload.digest if r.workload else r.key for r in records}) == 1,
         "equal initial adapters": len({r.lora.initial_digest if r.lora else r.key for r in records}) == 1,

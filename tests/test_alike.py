@@ -149,6 +149,25 @@ def test_the_message_names_the_fields_and_both_values_and_shortens_digests() -> 
     assert "--allow attention,commit" in said
 
 
+def test_another_environment_is_allowed_as_versions_and_is_not_to_be_repeated_away() -> None:
+    older = with_library("gptq", "transformers", "4.51.3")
+    older = changed(older, "request", backend="auto-gptq", environment="legacy")
+    records = [record("bf16"), record("gptq"), older]
+    assert labels(compare(records)) == [["bf16", "gptq"], ["auto-gptq"]]
+    (said,) = (warning for warning in compare(records).warnings if warning.startswith("Group 2 (auto-gptq)"))
+    assert "environment legacy instead of current; transformers version 4.51.3 instead of" in said
+    assert "--allow versions puts it beside group 1" in said
+    assert "--force" not in said  # no repetition makes two stacks one
+    together = compare(records, {"versions"})
+    assert labels(together) == [["bf16", "gptq", "auto-gptq"]]
+    assert {item.name for item in together.allowed} == {"environment", "transformers version"}
+
+
+def test_one_backend_in_two_environments_is_two_lines() -> None:
+    both = [record("bf16"), changed(record("bf16"), "request", environment="legacy")]
+    assert labels(compare(both, {"versions"})) == [["bf16 (environment=current)", "bf16 (environment=legacy)"]]
+
+
 def test_awq_on_cuda_is_told_how_to_be_allowed() -> None:
     comparison = compare(eight_backends())
     assert labels(comparison)[1:] == [["awq"]]

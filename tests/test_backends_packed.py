@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backends import _gptqmodel as shared
 from backends import awq
-from backends.awq import COLUMN_ORDER
+from backends._awq_format import COLUMN_ORDER
 from bench.errors import BadValue
 from bench.load.contract import Shape
 from bench.load.layout import Layout

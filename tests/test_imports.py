@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 """Room -> the rooms it may import besides itself. `cli` and `show` read the flow from its end."""
-QUANTIZATION_LIBRARIES = {"bitsandbytes", "hqq", "gptqmodel", "eetq", "optimum", "torchao", "kernels"}
+QUANTIZATION_LIBRARIES = {"bitsandbytes", "hqq", "gptqmodel", "eetq", "optimum", "torchao", "kernels", "auto_gptq", "awq"}
 PARENT_SIDE = ("bench.cli", "bench.run.arrange", "bench.run.launch", "bench.run.sweep", "bench.run.conformance", "bench.show.report",
                "bench.show.progress", "bench.judge.comparison", "bench.record.store", "bench.load.registry",
                "bench.ask.plan", "bench.ask.packing", "bench.ask.stress", "bench.ask.reference", "bench.load.fit", "bench.cli.plan",
                "bench.show.footprint", "bench.cli.diagnose", "bench.cli.forecast", "bench.cli.overhead", "bench.run.overhead", "bench.run.forecast", "bench.run.outlooks",
                "bench.cli.schema", "bench.record.json_schema", "bench.show.terminal", "bench.run.preflight", "bench.run.placing", "bench.run.sources", "bench.probe.cards",
                "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine",
+               "bench.run.environments", "bench.run.environment_build", "bench.run.interpreters",
                "bench.cli.compare", "bench.judge.regression", "bench.show.regression_markdown")  # fmt: skip
 
 

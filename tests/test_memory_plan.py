@@ -14,6 +14,7 @@ from bench.ask.cards import GIB, Cards, parse_cards
 from bench.ask.experiment import Workload
 from bench.ask.footprint import PHASES, TERMS, TIGHT_SHARE, CardNeed, Footprint, Outlook, PhaseNeed
 from bench.ask.preset import load_preset
+from bench.ask.versions import CURRENT
 from bench.cli.plan import plan as command
 from bench.errors import BadValue, UserError
 from bench.load.fit import LENGTH_STEP, assumptions, outlooks
@@ -23,7 +24,7 @@ from tests.footprint_factory import asked, planned
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ("tiny", "proxy", "smollm2-135m", "qwen2-7b", "qwen2-72b")
-IDS = list(find_backends())
+IDS = [name for name, entry in find_backends().items() if CURRENT in entry.backend.environments]
 
 
 # ---- outlooks ------------------------------------------------------------------------------------

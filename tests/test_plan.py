@@ -4,7 +4,8 @@ import pytest
 from click.testing import CliRunner
 
 from bench.ask.experiment import Experiment, Lora, Optimizer, Workload
-from bench.ask.plan import ModelRequest, RunRequest, installed_versions, plan
+from bench.ask.plan import ModelRequest, RunRequest, plan
+from bench.ask.versions import HARNESS_LIBRARIES, installed_versions
 from bench.cli import cli
 from tests.record_factory import request
 
@@ -27,7 +28,7 @@ def planned(backends=("bf16", "hqq"), **changes):
         device="cpu",
         cpu_threads=2,
         options={name: {} for name in backends},
-        libraries=dict.fromkeys(backends, ()),
+        versions={name: installed_versions(HARNESS_LIBRARIES) for name in backends},
         calibrations=dict.fromkeys(backends),
     )
 

@@ -50,7 +50,7 @@ def together(
         for request, phase in zip(requests, [*spoil, *[None] * (len(requests) - len(spoil))], strict=True)
     ]
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    command = launcher_command(folder, RANKS, ["-m", "tests.together", str(folder)])
+    command = launcher_command(sys.executable, folder, RANKS, ["-m", "tests.together", str(folder)])
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=500, check=False,
         env={**network(), **os.environ, "OMP_NUM_THREADS": "1"},

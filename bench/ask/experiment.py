@@ -130,6 +130,8 @@ class Experiment(Frozen):
     """Devices of one run; None: one for ``single``, else every card of the machine (two on a CPU)."""
     cache: bool = False
     """Keep the quantized model on disk, and load it from there the next time."""
+    environment: str | None = None
+    """The set of packages that every run takes place in; None: each backend's own."""
     attention: Attention = "sdpa"
     checkpointing: Literal["non_reentrant", "reentrant", "none"] = "non_reentrant"
     workload: Workload = Workload()

@@ -7,7 +7,6 @@ the machine hits all backends alike; repeat k of every backend shares seed ``see
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from bench.ask.experiment import (
     Workload,
 )
 from bench.ask.preset import load_preset
+from bench.ask.versions import CURRENT
 from bench.errors import UserError
 
 LATER_FIELDS = (
@@ -37,10 +37,10 @@ LATER_FIELDS = (
     "placement",
     "device_count",
     "cache",
+    "environment",
 )
 """Fields that requests did not have at first. At their default they are left out of the key, so that a
 record made before stays the record of its run."""
-HARNESS_LIBRARIES = ("qlora-bench", "torch", "transformers", "peft", "accelerate")
 
 
 class ModelRequest(Frozen):
@@ -68,6 +68,8 @@ class RunRequest(Frozen):
     model: ModelRequest
     backend: str
     """Id of the backend."""
+    environment: str = CURRENT
+    """The named set of packages that it runs in; "current": that of the command."""
     options: Mapping[str, Any]
     """The backend's options, complete: defaults included."""
     calibration: Literal["rtn", "calibrated", "published", "random"] | None = None
@@ -136,21 +138,24 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
     device_count: int = 1,
     cpu_threads: int,
     options: Mapping[str, Mapping[str, Any]],
-    libraries: Mapping[str, Sequence[str]],
+    versions: Mapping[str, Mapping[str, str | None]],
     calibrations: Mapping[str, Literal["rtn", "calibrated", "published", "random"] | None],
+    environments: Mapping[str, str] | None = None,
     data_digest: str | None = None,
 ) -> list[RunRequest]:
     """Order the runs of ``experiment``.
 
-    ``models``: backend id -> its model. ``options``: backend id -> complete options. ``libraries``: backend
-    id -> its distributions, whose versions are recorded (None where one is not installed). ``calibrations``:
-    backend id -> how its packed checkpoint comes to be.
+    ``models``: backend id -> its model. ``options``: backend id -> complete options. ``versions``: backend
+    id -> version of each library in play (None where one is not installed). ``calibrations``: backend id ->
+    how its packed checkpoint comes to be. ``environments``: backend id -> where it runs; None: all in the
+    current one.
     """
     return [
         RunRequest(
             preset=experiment.preset,
             model=models[backend],
             backend=backend,
+            environment=(environments or {}).get(backend, CURRENT),
             options=options[backend],
             calibration=calibrations[backend],
             dtype=experiment.dtype,
@@ -172,23 +177,11 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
             repeat=repeat,
             timeout_seconds=experiment.timeout_seconds,
             cpu_threads=cpu_threads,
-            versions=installed_versions([*HARNESS_LIBRARIES, *libraries[backend]]),
+            versions=versions[backend],
         )
         for repeat in range(experiment.repeats)
         for backend in experiment.backends
     ]
-
-
-def installed_versions(distributions: Sequence[str]) -> dict[str, str | None]:
-    """Version of each distribution, None where it is not installed. Nothing is imported."""
-    return {name: _version(name) for name in distributions}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _drop_default(body: dict[str, Any], path: Sequence[str], request: RunRequest) -> None:
@@ -207,6 +200,7 @@ def _flags(request: RunRequest) -> list[str]:
     flags = {
         "preset": request.preset,
         "backend": request.backend,
+        "environment": request.environment if request.environment != CURRENT else None,
         "dtype": request.dtype,
         "device": request.device,
         "model": model.name,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from bench.ask.experiment import Dtype
 from bench.ask.models import cache_folder
 from bench.ask.plan import RunRequest
 from bench.ask.shapes import decoder_of
+from bench.ask.versions import CURRENT, HARNESS_LIBRARIES, installed_versions
 from bench.errors import UserError
 
 REFERENCE_BACKEND = "bf16"
@@ -51,6 +53,8 @@ def reference_request(request: RunRequest, dtype: Dtype) -> RunRequest:
     return request.model_copy(
         update={
             "backend": REFERENCE_BACKEND,
+            "environment": CURRENT,
+            "versions": _versions(request),
             "options": {},
             "calibration": None,
             "dtype": dtype,
@@ -77,8 +81,15 @@ def reference_file(request: RunRequest, dtype: Dtype) -> Path:
         "device": request.device,
         "attention": request.attention,
         "dtype": dtype,
-        "versions": [request.versions.get(name) for name in ("torch", "transformers", "peft")],
+        "versions": [_versions(request).get(name) for name in ("torch", "transformers", "peft")],
         "layout": LAYOUT,
     }
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "references" / f"{dtype}-{digest}.safetensors"
+
+
+def _versions(request: RunRequest) -> Mapping[str, str | None]:
+    """Of what makes the reference: always the current environment, so that there is one for all."""
+    if request.environment == CURRENT:
+        return request.versions
+    return installed_versions(HARNESS_LIBRARIES)

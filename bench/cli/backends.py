@@ -8,7 +8,9 @@ from pathlib import Path
 
 import click
 
+from bench.ask.versions import CURRENT
 from bench.cli.endings import EXIT_FAILED_RUNS
+from bench.errors import printable
 
 
 @click.command()
@@ -16,6 +18,7 @@ from bench.cli.endings import EXIT_FAILED_RUNS
 def backends(as_json: bool) -> None:
     """List the backends, what they are, and whether their libraries are installed."""
     from bench.load.registry import find_backends
+    from bench.run import environments
 
     entries = find_backends().values()
     if as_json:
@@ -26,7 +29,9 @@ def backends(as_json: bool) -> None:
                         "id": e.id,
                         "description": e.description,
                         "requires": e.backend.requires,
-                        "missing": e.missing,
+                        "environments": e.backend.environments,
+                        "obstacle": environments.obstacle(e.backend.environments[0], e),
+                        "missing": e.missing if CURRENT in e.backend.environments else (),
                         "options": e.defaults.model_dump(mode="json"),
                     }
                     for e in entries
@@ -38,8 +43,12 @@ def backends(as_json: bool) -> None:
     width = max(len(entry.id) for entry in entries)
     for entry in entries:
         click.echo(f"{entry.id:<{width}}  {entry.description}")
-        if entry.missing:
+        ordinary = entry.backend.environments[0]
+        if ordinary == CURRENT and entry.missing:
             click.echo(f"{'':<{width}}  needs {', '.join(entry.missing)}: {entry.install_line}")
+        if ordinary != CURRENT:
+            state = environments.obstacle(ordinary, entry) or f"runs in environment '{ordinary}'"
+            click.echo(f"{'':<{width}}  {printable(state)}")
 
 
 @click.command()

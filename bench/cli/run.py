@@ -26,12 +26,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--preset", default="auto", show_default=True, metavar="NAME|FILE", help="What to run on."),
     click.option(
-        "--backend", "backends", multiple=True, metavar="ID", help="A backend (repeatable), or 'all'."
+        "--backend",
+        "backends",
+        multiple=True,
+        metavar="ID",
+        help="A backend (repeatable), or 'all' of the environment.",
     ),
     click.option("--dtype", metavar="DTYPE", help="Compute dtype: bfloat16, float16 or float32."),
     click.option("--device", metavar="DEVICE", help="auto, cpu or cuda."),
     click.option("--placement", metavar="KIND", help="Devices of a run: single, split, ddp or fsdp."),
     click.option("--device-count", type=int, metavar="N", help="How many devices, where it is not single."),
+    click.option("--environment", metavar="NAME", help="The set of packages that all runs take place in."),
     click.option("--model", metavar="SRC", help="A Hub id or a folder, instead of the preset's model."),
     click.option("--weights", metavar="KIND", help="auto (real where on this disk), real or synthetic."),
     click.option("--layers", type=int, metavar="N", help="Keep only the first N decoder layers."),

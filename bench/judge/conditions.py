@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bench.ask.experiment import Lora, Optimizer, Workload
-from bench.ask.plan import HARNESS_LIBRARIES
+from bench.ask.versions import HARNESS_LIBRARIES
 from bench.judge.rows import Row
 
 NOT_RECORDED = "not recorded"
 NOT_INSTALLED = "not installed"
+ENVIRONMENT = "environment"
+"""The condition that one set of packages ran everything."""
 
 Kind = Literal["breaking", "allowed", "declared"]
 
@@ -163,6 +165,7 @@ CHECKS = (
     Check("probes within the time of a step", "trace", "probes_in_step_seconds"),
     Check("harness commit", "commit", "environment.commit", null="outside a checkout"),
     Check("qlora-bench version", "commit", "environment.versions.qlora-bench", null=NOT_INSTALLED),
+    Check(ENVIRONMENT, "versions", "request.environment"),
     Check("Python version", "versions", "environment.python"),
     Check("CUDA version", "versions", "environment.cuda"),
     Check("driver of the cards", "versions", "environment.devices.driver", counted=False),

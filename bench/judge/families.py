@@ -73,7 +73,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "versions",
-        "Python, CUDA, the driver, and every library that both runs used",
+        "the environment, Python, CUDA, the driver, and every library that both runs used",
         instead="run all of them again with what is installed now (--force)",
         repeatable=True,
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench.judge.alike import Difference
-from bench.judge.conditions import Condition, short
+from bench.judge.conditions import ENVIRONMENT, Condition, short
 from bench.judge.families import BY_NAME, Family
 from bench.judge.groups import Group
 
@@ -100,11 +100,13 @@ def _advice(differences: Sequence[Difference]) -> str:
         return f"Nothing can allow that ({reasons})."
     return (
         f"--allow {','.join(family.name for family in families)} puts it beside group 1, and the difference "
-        f"is then printed at every figure{_or_instead(families)}."
+        f"is then printed at every figure{_or_instead(families, differences)}."
     )
 
 
-def _or_instead(families: Sequence[Family]) -> str:
+def _or_instead(families: Sequence[Family], differences: Sequence[Difference]) -> str:
+    if any(one.name == ENVIRONMENT for one in differences):
+        return ""  # another stack was meant, and no repetition makes it the same
     ways = [family.instead for family in families if family.instead]
     # Whatever else differs, it is one way out only where it covers all that differs.
     return f"; or {ways[0]}" if len(ways) == len(families) == 1 else ""

@@ -86,6 +86,13 @@ class Backend(ABC):
     quantization libraries and no others."""
     extra: ClassVar[str | None] = None
     """The extra of pyproject.toml that brings them."""
+    distributions: ClassVar[Mapping[str, str]] = {}
+    """Of what it requires, package -> distribution, where their names differ."""
+    environments: ClassVar[tuple[str, ...]] = ("current",)
+    """The environments that it runs in (``bench.run.environments``), the ordinary one first. ``current``: the
+    interpreter that runs the command."""
+    refused_devices: ClassVar[Mapping[str, str]] = {}
+    """Kinds of device ("cpu", "cuda") that it cannot be trained on, with the reason."""
     codes: ClassVar[tuple[str, ...]] = ("weight",)
     """Attributes of the built layer that hold the quantized codes; all other tensors are metadata."""
     adapter_casts_input: ClassVar[bool] = True
@@ -138,6 +145,10 @@ class Backend(ABC):
         of the cache."""
         return ""
 
+    def finish(self, model: torch.nn.Module) -> None:  # noqa: B027 - a hook, empty on purpose
+        """Leave on the whole model, once all its layers are built, what the library's own loader leaves there
+        and PEFT knows its layers by."""
+
     @abstractmethod
     def expected_bits(self, shape: Shape) -> float:
         """Storage bits per weight by arithmetic: codes, scales, zeros and tables; biases excluded."""
@@ -168,6 +179,9 @@ class PackedBackend(Backend):
     an adapter's gradient has a counterpart in the dense model."""
     packed_names: ClassVar[tuple[str, ...]]
     """Tensor names of one packed layer in the checkpoint."""
+    checkpoint_of: ClassVar[str | None] = None
+    """Id of the backend whose packed checkpoints it reads: that one makes them, in the current environment,
+    so that both train the same codes. None: its own."""
 
     @abstractmethod
     def adopt(self, config: Mapping[str, Any]) -> None:

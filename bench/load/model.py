@@ -18,6 +18,7 @@ from bench.load.cache import QuantizedCache
 from bench.load.contract import Backend, Layer, PackedBackend, Shape
 from bench.load.heap import trim_heap
 from bench.load.layout import Layout, carry
+from bench.load.older import in_terms_of, transformers_major
 from bench.load.weights import Weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -48,6 +49,7 @@ def skeleton(architecture: Mapping[str, Any], attention: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in architecture.items() if key != "quantization_config"}
+    settings = in_terms_of(transformers_major(), settings)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
@@ -94,6 +96,7 @@ def build_model(
             cache.keep(name, backend, quantized)
         trim_heap()
     progress(len(shapes), len(shapes))
+    backend.finish(model)
     model.requires_grad_(False)
     # Training mode throughout: in eval mode several kernels take paths without a backward.
     model.train()

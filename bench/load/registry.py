@@ -61,6 +61,11 @@ class Entry:
         return tuple(name for name in self.backend.requires if not _importable(name))
 
     @property
+    def distributions(self) -> tuple[str, ...]:
+        """The distributions of what it requires."""
+        return tuple(self.backend.distributions.get(name, name) for name in self.backend.requires)
+
+    @property
     def install_line(self) -> str:
         """The command that brings what is missing."""
         wanted = f"'qlora-bench[{self.backend.extra}]'" if self.backend.extra else " ".join(self.missing)

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,6 +15,8 @@ from bench.probe.machine import commit_and_dirty, cuda_device, processor_name, u
 from bench.record.environment import Device, Environment
 
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+STAMP = ".ready"
+"""In the folder of an environment that was built from a lock: the lock's digest."""
 
 
 def describe_environment(
@@ -37,12 +40,21 @@ def describe_environment(
         cuda=torch.version.cuda if cards else None,
         devices=tuple(cards) or (processor,),
         versions=dict(versions),
+        lock_digest=lock_digest(Path(sys.prefix)),
         quantization_libraries_imported=tuple(n for n in sorted(quantization_libraries) if n in sys.modules),
         allocator_settings=os.environ.get(ALLOCATOR_VARIABLE),
         changed_variables=dict(changed_variables),
         commit=commit,
         dirty=dirty,
     )
+
+
+def lock_digest(prefix: Path) -> str | None:
+    """What ``make env`` noted in the environment that it built; None: it did not build this one."""
+    try:
+        return (prefix / STAMP).read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def card_of(device: torch.device) -> Device:

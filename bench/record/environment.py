@@ -44,6 +44,9 @@ class Environment(Recorded):
     """In order."""
     versions: Mapping[str, str | None]
     """Every library in play; null: not installed."""
+    lock_digest: str | None = None
+    """SHA-256 of the lock that the interpreter's packages were installed from, and of how; null: it is the
+    current environment's, or was made elsewhere."""
     quantization_libraries_imported: tuple[str, ...]
     """Quantization libraries in the worker's memory when the training began."""
     allocator_settings: str | None

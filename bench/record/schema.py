@@ -9,7 +9,8 @@ Schema history
         the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
         the placement over several devices and ranks, the cache of quantized models, the preflight,
         the proof that the data which was told is the data that was trained on,
-        the surroundings of the measured steps, the allocator's retries
+        the surroundings of the measured steps, the allocator's retries,
+        the environment that a run took place in (older ones: the current), and the digest of its lock
 """
 
 from __future__ import annotations

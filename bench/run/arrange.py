@@ -20,10 +20,12 @@ from bench.ask.plan import ModelRequest, RunRequest, plan
 from bench.ask.preset import AUTOMATIC, Preset, choose_preset, load_preset
 from bench.ask.slices import Slice
 from bench.ask.stress import parse_stress, resolve_stress
+from bench.ask.versions import CURRENT
 from bench.errors import BadValue, unknown
 from bench.load.registry import Entry, find_backends
 from bench.probe.machine import cuda_devices, usable_cores
 from bench.record.store import Store
+from bench.run.environments import environment_of, runs_in, versions_of
 from bench.run.placing import refuse_placement, settle
 from bench.run.sources import find_sources
 from bench.run.sweep import Sweep
@@ -34,6 +36,7 @@ FLAGS = (
     "device",
     "placement",
     "device_count",
+    "environment",
     "model",
     "weights",
     "layers",
@@ -56,6 +59,7 @@ class Asked:
     weights: str | None = None
     placement: str | None = None
     device_count: int | None = None
+    environment: str | None = None
     layers: int | None = None
     steps: int | None = None
     repeats: int | None = None
@@ -107,6 +111,7 @@ def arrange(asked: Asked) -> Arranged:
     for model in models.values():
         resolve_stress(experiment.stress, model.architecture, model.layers)
     device = _device(experiment.device, has_cuda=bool(cuda_devices()))
+    environments = {name: environment_of(entries[name], experiment.environment) for name in sources}
     placement, device_count = place(experiment, device, len(cuda_devices()))
     requests = plan(
         experiment,
@@ -121,7 +126,8 @@ def arrange(asked: Asked) -> Arranged:
         },
         data_digest=digest,
         calibrations={name: source.calibration for name, source in sources.items()},
-        libraries={name: entries[name].backend.requires for name in experiment.backends},
+        environments=environments,
+        versions=versions_of(entries, environments),
     )
     placed = ""
     if experiment.placement == "auto" and experiment.device_count is None:
@@ -186,11 +192,12 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
         name, reason = choose_preset([c.total_memory_bytes for c in cuda_devices() if c.total_memory_bytes])
         why = f" (chosen: {reason})"
     preset = load_preset(name)
+    environment = asked.environment or preset.experiment_values.get("environment") or CURRENT
     values: dict[str, Any] = {
         **preset.experiment_values,
         "preset": name,
         "architecture": preset.architecture,
-        "backends": _backend_ids(asked.backends, entries),
+        "backends": _backend_ids(asked.backends, entries, environment),
     }
     for flag in FLAGS:
         if getattr(asked, flag) is not None:
@@ -211,13 +218,16 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
     return experiment, preset, why
 
 
-def _backend_ids(given: Sequence[str], entries: dict[str, Entry]) -> list[str]:
+def _backend_ids(given: Sequence[str], entries: dict[str, Entry], environment: str) -> list[str]:
+    """The ids that were given. ``all``: those that run in the environment, so that what it means does not
+    depend on what else was built on a machine."""
     names = [name for text in given for name in text.split(",") if name] or ["all"]
     chosen: list[str] = []
     for name in names:
         if name != "all" and name not in entries:
             raise unknown("backend", name, [*entries, "all"])
-        chosen += [n for n in (entries if name == "all" else [name]) if n not in chosen]
+        every = (n for n in entries if runs_in(entries[n], environment)) if name == "all" else [name]
+        chosen += [n for n in every if n not in chosen]
     return chosen
 
 

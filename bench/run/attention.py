@@ -6,6 +6,8 @@ always off: its backward gave NaN on H100 in torch 2.11 to 2.13 (pytorch#196678)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -38,5 +40,10 @@ def choose_kernel(attention: Attention) -> None:
 
 def switch(model: nn.Module, attention: Attention) -> None:
     """Make a built model attend another way."""
-    model.set_attn_implementation(implementation(attention))  # type: ignore[operator]
+    # What the setter of transformers 5 does; 4.51 has no setter and reads the same attribute in each forward.
+    setter: Any = getattr(model, "set_attn_implementation", None)
+    if setter is not None:
+        setter(implementation(attention))
+    else:
+        model.config._attn_implementation = implementation(attention)  # type: ignore[union-attr]
     choose_kernel(attention)

@@ -10,17 +10,16 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bench.probe.machine import REPOSITORY
 from bench.probe.surroundings import Witness
 from bench.record.depths import DepthTimes
 from bench.record.schema import Record
+from bench.run.environments import command_in
 from bench.run.listening import Listener, listen
 from bench.run.order import Order
 from bench.run.ranks import processes_of
@@ -47,7 +46,7 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
     ending = STILL_WELL
     try:
         if _must_prepare(order):
-            ending = _work(order, told, listener, began, "--prepare")
+            ending = _work(_prepared(order), told, listener, began, "--prepare")
             prepare_seconds = time.monotonic() - began
             if told.status == "completed":
                 told = Told()
@@ -72,7 +71,7 @@ def time_depths(order: Order, listener: Listener = lambda event: None) -> DepthT
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     told, ending = Told(), STILL_WELL
     if _must_prepare(order):
-        ending = _work(order, told, listener, began, "--prepare")
+        ending = _work(_prepared(order), told, listener, began, "--prepare")
         if told.status == "completed":
             told = Told()
     if told.status is None and not ending.timed_out and ending.exit_code == 0:
@@ -108,6 +107,11 @@ def _train(order: Order, told: Told, listener: Listener) -> Ending:
     if processes_of(order.request) > 1:
         return _guarded(told, lambda: work_together(order, told, listener, time.monotonic()))
     return _work(order, told, listener, time.monotonic())
+
+
+def _prepared(order: Order) -> Order:
+    """The order that makes the packed checkpoint of ``order``."""
+    return order.model_copy(update={"request": order.packing_request or order.request})
 
 
 def _must_prepare(order: Order) -> bool:
@@ -166,9 +170,10 @@ def _attended(order: Order, told: Told, listener: Listener, began: float, work: 
         order_file = Path(scratch) / "order.json"
         order_file.write_text(order.model_dump_json(), encoding="utf-8")
         log = Path(scratch) / "output.log"
+        interpreter, variables = command_in(order.request.environment, Path(scratch))
         read_end, write_end = os.pipe()
         command = [
-            sys.executable,
+            interpreter,
             "-m",
             "bench.run.worker",
             str(order_file),
@@ -185,7 +190,7 @@ def _attended(order: Order, told: Told, listener: Listener, began: float, work: 
                     stderr=output,
                     pass_fds=[write_end],
                     start_new_session=True,
-                    env={**os.environ, **order.environment, "PYTHONPATH": python_path()},
+                    env={**variables, **order.environment},
                 )
             finally:
                 os.close(write_end)
@@ -228,9 +233,3 @@ def tail(log: Path) -> str | None:
         stream.seek(max(0, log.stat().st_size - STDERR_TAIL_BYTES))
         text = stream.read().decode("utf-8", errors="replace").strip()
     return text or None
-
-
-def python_path() -> str:
-    """The worker finds the same harness as the parent, installed or not."""
-    present = os.environ.get("PYTHONPATH")
-    return f"{REPOSITORY}{os.pathsep}{present}" if present else str(REPOSITORY)

@@ -23,6 +23,8 @@ class Order(Frozen):
     """Folder of the real weights, None for synthetic ones."""
     packed_folder: Path | None = None
     """Where a packed checkpoint is, or is to be made; None for backends that quantize on load."""
+    packing_request: RunRequest | None = None
+    """The run that makes it, where that is another backend's; None: this run's own."""
     reference_file: Path | None = None
     """Where the unquantized reference's gradients are, or are to be made; None: no comparison with it."""
     reference_request: RunRequest | None = None

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from bench.ask.experiment import Experiment
 from bench.ask.models import ResolvedModel, find_on_disk, resolve_model
 from bench.ask.packing import Calibration, Method, decide_calibration
+from bench.ask.plan import RunRequest
 from bench.ask.preset import Preset
+from bench.ask.versions import CURRENT, HARNESS_LIBRARIES, installed_versions
 from bench.errors import BadValue
 from bench.load.contract import PackedBackend
 from bench.load.registry import Entry
@@ -116,6 +118,25 @@ class _Finder:
                 experiment, preset_model=self.preset.model, download=self.download
             )
         return self._known[published]
+
+
+def packing_request(request: RunRequest, entries: Mapping[str, Entry]) -> RunRequest:
+    """The run that makes the packed checkpoint of ``request``: itself, or that of the backend whose
+    checkpoints its own reads, with the options that both have."""
+    kind = entries[request.backend].backend
+    maker = kind.checkpoint_of if issubclass(kind, PackedBackend) else None
+    if maker is None or request.calibration not in ("rtn", "calibrated"):
+        return request
+    entry = entries[maker]
+    shared = {n: value for n, value in request.options.items() if n in type(entry.defaults).model_fields}
+    return request.model_copy(
+        update={
+            "backend": maker,
+            "environment": CURRENT,
+            "options": entry.options(shared).model_dump(mode="json"),
+            "versions": installed_versions([*HARNESS_LIBRARIES, *entry.distributions]),
+        }
+    )
 
 
 def _packed(entry: Entry) -> bool:

@@ -19,12 +19,13 @@ from bench.load.registry import Entry
 from bench.record.preflight import Preflight
 from bench.record.schema import Record
 from bench.record.store import Store
+from bench.run import environments
 from bench.run.launch import run_one
 from bench.run.listening import Listener
 from bench.run.order import Order
 from bench.run.preflight import Examiner
 from bench.run.skipping import SkipRule
-from bench.run.sources import Source
+from bench.run.sources import Source, packing_request
 
 
 class Watcher(Protocol):
@@ -95,13 +96,14 @@ class Sweep:
         """The job handed to a worker."""
         source = self.sources[request.backend]
         folder = source.model.folder.resolve() if source.model.folder else None
-        packed = None
+        packed, making = None, packing_request(request, self.entries)
         if request.calibration not in (None, "random"):
-            packed = packed_folder(request, source.model).resolve()
+            packed = packed_folder(making, source.model).resolve()
         return Order(
             request=request,
             model_folder=folder,
             packed_folder=packed,
+            packing_request=making if making is not request else None,
             note=source.note,
             replay=self.replay,
             **(_reference(request, self.memory_bytes) if request.fidelity else {}),
@@ -172,10 +174,12 @@ def _not_started(
 
 
 def obstacle(request: RunRequest, entry: Entry) -> str | None:
-    """Why a run cannot even be started: a library that is not installed, with the line that installs it, or a
-    placement that the backend refuses."""
-    if entry.missing:
-        return f"backend '{entry.id}' needs {', '.join(entry.missing)}; install with: {entry.install_line}"
+    """Why a run cannot even be started: a device that the backend cannot be trained on, a library or an
+    environment that is not installed, with the line that installs it, or a placement that it refuses."""
+    if device := entry.backend.refused_devices.get(request.device):
+        return f"backend '{entry.id}' cannot be trained on {request.device}: {device}"
+    if reason := environments.obstacle(request.environment, entry):
+        return reason
     refused = entry.backend.refused_placements.get(request.placement)
     return refused and f"placement '{request.placement}' is not possible with '{entry.id}': {refused}"
 

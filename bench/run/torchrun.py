@@ -15,7 +15,6 @@ import re
 import selectors
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +23,9 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from bench.run.environments import command_in
 from bench.run.events import Lines, parse_event
-from bench.run.launch import end, python_path, tail
+from bench.run.launch import end, tail
 from bench.run.order import Order
 from bench.run.ranks import Ranks, processes_of
 from bench.run.told import Ending, Told, ended_in_words
@@ -50,15 +50,16 @@ def work_together(order: Order, told: Told, listener: Listener, began: float) ->
         (folder / "order.json").write_text(order.model_dump_json(), encoding="utf-8")
         streams = {rank: pipes.enter_context(_open_pipe(pipe_of(folder, rank))) for rank in range(count)}
         log = folder / "output.log"
+        interpreter, variables = command_in(order.request.environment, folder)
         worker = ["-m", "bench.run.worker", str(folder / "order.json"), str(folder)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                launcher_command(folder, count, worker),
+                launcher_command(interpreter, folder, count, worker),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**network(), **os.environ, **_threads(order, count), "PYTHONPATH": python_path()},
+                env={**network(), **variables, **_threads(order, count)},
             )
         family = Family(process)
         try:
@@ -104,8 +105,9 @@ class Family:
         psutil.wait_procs(known.values(), timeout=PATIENCE_SECONDS)
 
 
-def launcher_command(folder: Path, count: int, program: list[str]) -> list[str]:
-    """torchrun with ``program`` in ``count`` processes of this machine. Their output goes into ``folder``."""
+def launcher_command(interpreter: str, folder: Path, count: int, program: list[str]) -> list[str]:
+    """torchrun of an interpreter, with ``program`` in ``count`` processes of this machine. Their output goes
+    into ``folder``."""
     launcher = {
         "nnodes": "1",
         "nproc-per-node": str(count),
@@ -118,7 +120,7 @@ def launcher_command(folder: Path, count: int, program: list[str]) -> list[str]:
         "redirects": "3",  # both streams of each rank, to files of its own
     }
     flags = [f"--{name}={value}" for name, value in launcher.items()]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, *program]
+    return [interpreter, "-m", "torch.distributed.run", *flags, *program]
 
 
 def network() -> dict[str, str]:

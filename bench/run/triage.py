@@ -71,7 +71,8 @@ def arrange_triage(asked: Asked, only: Sequence[str] = ()) -> TriagePlan:
     entries = find_backends()
     others: Mapping[str, RunRequest] = {}
     if wanted := tuple(name for name in OTHER_BACKENDS if name in entries and name != base.backend):
-        other = arrange(replace(asked, backends=wanted)).sweep
+        # Each in its own environment: they need not run in that of the failing one.
+        other = arrange(replace(asked, backends=wanted, environment=None)).sweep
         others = {request.backend: request for request in other.requests}
         sweep = replace(sweep, sources={**other.sources, **sweep.sources})
     changes = _narrowed(find_changes(base, others), only)

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from bench.ask.conversations import Message, read_conversations
 from bench.ask.experiment import Workload
+from bench.load.older import tokenizer_kind, transformers_major
 from bench.run.instructions import conversation
 
 if TYPE_CHECKING:
@@ -72,11 +73,10 @@ class ChatEncoder:
     """The model's own tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
+        import transformers
 
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        kind: Any = getattr(transformers, tokenizer_kind(transformers_major(), folder))
+        self._tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.name = f"{type(self._tokenizer).__name__} of the model"
         padding = self._tokenizer.pad_token_id
         self.padding_id = int(padding if padding is not None else self._tokenizer.eos_token_id)

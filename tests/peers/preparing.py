@@ -13,7 +13,7 @@ from typing import Any
 from bench.ask.plan import RunRequest
 from bench.errors import BadValue, UserError
 from bench.run.arrange import Asked, arrange
-from bench.run.launch import python_path
+from bench.run.environments import python_path
 from tests.command import ROOT
 from tests.peers.cases import Case, Environment, data_without_a_target
 from tests.peers.outcome import CaseFacts

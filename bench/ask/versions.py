@@ -1,0 +1,22 @@
+"""Which libraries every run has in play, and of which version each is here. Nothing is imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+
+CURRENT = "current"
+"""The environment of the interpreter that runs the command."""
+HARNESS_LIBRARIES = ("qlora-bench", "torch", "transformers", "peft", "accelerate")
+
+
+def installed_versions(distributions: Sequence[str]) -> dict[str, str | None]:
+    """Version of each distribution, None where it is not installed. Nothing is imported."""
+    return {name: _version(name) for name in distributions}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
