@@ -9,7 +9,8 @@ Schema history
         the probe of each step, names of the LoRA tensors, first failure, replay, fidelity, the dial,
         the placement over several devices and ranks, the cache of quantized models, the preflight,
         the proof that the data which was told is the data that was trained on,
-        the surroundings of the measured steps, the allocator's retries
+        the surroundings of the measured steps, the allocator's retries,
+        the runs that shared the machine
 """
 
 from __future__ import annotations
@@ -228,6 +229,9 @@ class Record(Recorded):
     memory: Memory = Memory()
     surroundings: Surroundings | None = None
     """Null where no measured step ended, and in records made before anybody looked."""
+    shared_machine_with: tuple[str, ...] = ()
+    """Keys of the runs of the same command that were on the same machine at the same time; empty: none was,
+    as in every command that runs one after another."""
     proof: Proof = Proof()
     steps: tuple[Step, ...] = ()
     trainable_weights_finite: bool | None = None
@@ -237,3 +241,8 @@ class Record(Recorded):
     fidelity: Fidelity | None = None
     stress: tuple[StressedPair, ...] = ()
     """The pairs that ``--stress`` rescaled."""
+
+    @property
+    def shared_machine(self) -> bool:
+        """Whether another run of the same command ran beside it."""
+        return bool(self.shared_machine_with)
