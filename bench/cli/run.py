@@ -128,6 +128,7 @@ def run(
         context = click.get_current_context()
         context.with_resource(sweep.store.open_for_writing())
         context.with_resource(where)
+        where.refuse(sweep.requests)
         if arranged.own is not None:
             save_slice(sweep.store.folder, arranged.own, arranged.plan)
     for line in filter(None, (arranged.headline, other_commits(sweep, allow))):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,6 +48,9 @@ class Executor(AbstractContextManager["Executor"], Protocol):
     examines_cards: bool
     """Whether it looks at the cards where each run is, instead of the sweep before its first."""
 
+    def refuse(self, requests: Iterable[RunRequest]) -> None:
+        """Raise UserError where one of these could never be run. It has been entered."""
+
     def run(self, jobs: Iterator[Job | Record]) -> Iterator[Record]:
         """Take jobs as there is room and yield each record as its run ends. A record among the jobs, of a run
         that is not even started, is passed on.
@@ -69,6 +72,9 @@ class LocalExecutor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Nothing is left to be ended."""
+
+    def refuse(self, requests: Iterable[RunRequest]) -> None:
+        """Nothing: what cannot be run here is a record."""
 
     def run(self, jobs: Iterator[Job | Record]) -> Iterator[Record]:
         """See `Executor.run`."""

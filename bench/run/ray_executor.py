@@ -75,8 +75,16 @@ class RayExecutor:
 
         ray.shutdown()
 
+    def refuse(self, requests: Iterable[RunRequest]) -> None:
+        """See ``bench.run.executors.Executor.refuse``."""
+        nodes = _nodes()
+        for request in requests:
+            needed = resources_of(request, self._needs)
+            if not room_for(needed, nodes):
+                raise UserError(no_room_message(needed, nodes), "take less with --cpus-per-run and the like")
+
     def run(self, jobs: Iterator[Job | Record]) -> Iterator[Record]:
-        """See ``bench.run.executors.Executor.run``. Raises UserError where no node could ever have a run."""
+        """See ``bench.run.executors.Executor.run``."""
         import ray
 
         under_way: dict[Any, Job] = {}
@@ -87,7 +95,7 @@ class RayExecutor:
                     if isinstance(job, Record):
                         yield job
                         continue
-                    room = self._room_for(job.request, first=not under_way)
+                    room = self._room_for(job.request)
                     under_way[self._start(job)] = job
                 if not under_way:
                     return
@@ -175,20 +183,11 @@ class RayExecutor:
 
     # ---- room, and the end of it ---------------------------------------------------------------------
 
-    def _room_for(self, request: RunRequest, *, first: bool = False) -> int:
-        """How many runs like ``request`` the cluster has room for; 1 at least, which then waits.
-
-        ``first``: nothing is under way. Raises UserError then, where no node could ever have the run.
-        """
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        needed = resources_of(request, self._needs)
-        room = room_for(needed, nodes)
+    def _room_for(self, request: RunRequest) -> int:
+        """How many runs like ``request`` the cluster has room for; 1 at least, which then waits."""
+        room = room_for(resources_of(request, self._needs), _nodes())
         if room:
             self._roomless_since = None
-        elif first and self._roomless_since is None:
-            raise UserError(no_room_message(needed, nodes), "take less with --cpus-per-run and the like")
         elif self._roomless_since is None:
             self._roomless_since = time.monotonic()
         return max(1, room)
@@ -226,6 +225,13 @@ class RayExecutor:
                 continue
             beside = self._neighbours.ended(key)
             yield (record or interrupted(job.order())).model_copy(update={"shared_machine_with": beside})
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    """What every node of the cluster has."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _crashed(request: RunRequest, reason: str) -> Record:

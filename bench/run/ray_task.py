@@ -98,7 +98,7 @@ def run_there(order: str, home: str, queue: Queue, seen: Mapping[str, str]) -> s
     teller.tell("began", machine_name())
     known = Preflight.model_validate_json(seen[cards]) if cards in seen else None
     try:
-        record = _record(asked, own, teller, known)
+        record = carried_out(asked, own, teller, known)
     except KeyboardInterrupt as interruption:
         record = interruption.args[0] if interruption.args else interrupted(asked)
         # Of a task that was cancelled Ray may not hand over what it returned.
@@ -106,7 +106,11 @@ def run_there(order: str, home: str, queue: Queue, seen: Mapping[str, str]) -> s
     return Outcome(record=record, cards=cards).model_dump_json()
 
 
-def _record(asked: Order, own: Home, teller: Teller, known: Preflight | None) -> Record:
+def carried_out(asked: Order, own: Home, teller: Teller, known: Preflight | None) -> Record:
+    """The record of a run on this machine. ``known``: what was found about these cards before.
+
+    Raises KeyboardInterrupt as ``bench.run.launch.run_one`` does.
+    """
     request = asked.request
     try:
         order = moved_here(asked)
