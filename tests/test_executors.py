@@ -31,6 +31,7 @@ from bench.run.executors import Job, LocalExecutor, Needs, choose_executor
 from bench.run.here import find_model_here, moved_here
 from bench.run.neighbours import Neighbours
 from bench.run.order import Order
+from bench.run.preflight import skipped
 from bench.run.ray_task import Home, Teller, carried_out, shown_part, take_over
 from bench.run.sweep import Sweep, run_sweep
 from bench.show.progress import Silent
@@ -141,12 +142,11 @@ def test_every_interrupted_run_is_recorded_and_the_same_command_goes_on(sweep: S
 
 
 def test_an_executor_keeps_what_it_found_about_the_cards(sweep: Sweep) -> None:
-    from tests.test_preflight import found
-
+    found = skipped()
     on_cards = [one.model_copy(update={"device": "cuda"}) for one in sweep.requests[:1]]
-    executor = Together(room=1, outcome=lambda request: {"preflight": found()})
+    executor = Together(room=1, outcome=lambda request: {"preflight": found})
     (made,) = run_sweep(replace(sweep, requests=on_cards), Silent(), executor)
-    assert made.preflight == found()
+    assert made.preflight == found
 
 
 # ---- what is asked for ---------------------------------------------------------------------------
