@@ -6,6 +6,7 @@ What Ray itself does is in test_ray.py (`make soak`).
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from bench.run.neighbours import Neighbours
 from bench.run.order import Order
 from bench.run.preflight import skipped
 from bench.run.ray_task import Home, Teller, carried_out, shown_part, take_over
+from bench.run.ray_task import Outcome as TaskOutcome
 from bench.run.sweep import Sweep, run_sweep
 from bench.show.progress import Silent
 from tests.command import Command
@@ -319,6 +321,13 @@ def test_a_run_whose_model_is_not_on_the_node_is_one_unavailable_row(tmp_path: P
     assert (made.status, made.stage) == ("unavailable", "launch")
     assert made.message is not None
     assert "fetch it here with: hf download Qwen/Qwen2-7B-Instruct" in made.message
+
+
+def test_what_is_not_finite_comes_back_as_it_was() -> None:
+    nan = record("hqq", steps=(record("hqq").steps[0].model_copy(update={"losses": (math.nan, math.inf)}),))
+    back = TaskOutcome.model_validate_json(TaskOutcome(record=nan, cards="").model_dump_json()).record
+    assert back.model_dump_json() == nan.model_dump_json()
+    assert math.isnan(back.steps[0].losses[0])
 
 
 def test_a_task_runs_as_its_command_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -150,11 +151,14 @@ def test_a_command_that_is_stopped_leaves_no_worker(own: Command, tmp_path: Path
                               "--executor", "ray", "--out", out)  # fmt: skip
     code = f"{START}; import os, sys; os.execv(sys.executable, {arguments!r})"
     process = subprocess.Popen([sys.executable, "-c", code], env=own.environment, cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                               start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     try:
         wait_for(lambda: workers_of(own), 120)
         time.sleep(8)  # it trains
-        process.send_signal(sent)
+        if sent == signal.SIGINT:
+            os.killpg(process.pid, sent)  # as a terminal does
+        else:
+            process.send_signal(sent)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

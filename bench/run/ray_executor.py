@@ -125,7 +125,6 @@ class RayExecutor:
             num_gpus=resources["GPU"],
             memory=resources["memory"] or None,
             max_retries=MOST_RETRIES,
-            max_calls=0,  # it holds no card itself, so that one process can serve run after run
             scheduling_strategy="SPREAD",
             name=request.key,
         )
@@ -140,11 +139,8 @@ class RayExecutor:
 
     def _ended(self, job: Job, task: Any) -> Record:
         """The record of a task that is over, whatever became of it."""
-        key = job.request.key
-        self._listeners.pop(key, None)
-        beside = self._neighbours.ended(key)
-        record = self._returned(task, job.request)
-        return record.model_copy(update={"shared_machine_with": beside})
+        self._listeners.pop(job.request.key, None)
+        return self._beside(job, self._returned(task, job.request))
 
     def _returned(self, task: Any, request: RunRequest) -> Record:
         import ray
@@ -197,10 +193,11 @@ class RayExecutor:
         since = self._roomless_since
         if since is None or time.monotonic() - since < ROOMLESS_SECONDS:
             return
-        self._cancel(under_way)
-        for job in list(under_way.values()):
-            yield _crashed(job.request, "no node with room for the run is left in the cluster")
+        lost = dict(under_way)
         under_way.clear()
+        self._cancel(lost)
+        for job in lost.values():
+            yield _crashed(job.request, "no node with room for the run is left in the cluster")
 
     def _cancel(self, under_way: Mapping[Any, Job]) -> list[Record]:
         """Have all workers stopped. Returns the records of the runs that had begun."""
@@ -215,16 +212,23 @@ class RayExecutor:
         with contextlib.suppress(RayError):
             ray.wait(list(under_way), num_returns=len(under_way), timeout=CANCEL_SECONDS)
         self._hear()
-        return list(self._stopped(under_way.values()))
+        found = ((job, self._stopped(job, task)) for task, job in under_way.items())
+        return [self._beside(job, record) for job, record in found if record is not None]
 
-    def _stopped(self, jobs: Iterable[Job]) -> Iterator[Record]:
-        for job in jobs:
-            key = job.request.key
-            record = self._interrupted.get(key)
-            if record is None and not self._neighbours.has_begun(key):
-                continue
-            beside = self._neighbours.ended(key)
-            yield (record or interrupted(job.order())).model_copy(update={"shared_machine_with": beside})
+    def _stopped(self, job: Job, task: Any) -> Record | None:
+        """The record of a run that was stopped, or had just ended; None: it had not begun."""
+        import ray
+        from ray.exceptions import RayError
+
+        with contextlib.suppress(RayError):  # it was cancelled, or is not over
+            return Outcome.model_validate_json(ray.get(task, timeout=0)).record
+        if (told := self._interrupted.get(job.request.key)) is not None:
+            return told
+        return interrupted(job.order()) if self._neighbours.has_begun(job.request.key) else None
+
+    def _beside(self, job: Job, record: Record) -> Record:
+        """The record of a run that is over, with those that ran beside it."""
+        return record.model_copy(update={"shared_machine_with": self._neighbours.ended(job.request.key)})
 
 
 def _nodes() -> list[Mapping[str, float]]:
