@@ -108,6 +108,7 @@ OTHER = {
     "trace": lambda r: changed(r, "request", trace=True),
     "placement": lambda r: changed(r, "request", placement="ddp", device_count=2),
     "device": lambda r: changed(r, "environment", cpu_threads=3),
+    "sharing": lambda r: r.model_copy(update={"shared_machine_with": ("another run",)}),
     "versions": lambda r: changed(r, "environment", versions={**r.environment.versions, "peft": "0.22"}),
     "commit": lambda r: changed(r, "environment", commit=NEW),
 }

@@ -33,7 +33,7 @@ PARENT_SIDE = ("bench.cli", "bench.run.arrange", "bench.run.launch", "bench.run.
                "bench.cli.schema", "bench.record.json_schema", "bench.show.terminal", "bench.run.preflight", "bench.run.placing", "bench.run.sources", "bench.probe.cards",
                "bench.run.margin", "bench.run.triage", "bench.judge.logs.diagnosis", "bench.record.logs.training_log", "bench.ask.conversations", "bench.probe.machine",
                "bench.run.environments", "bench.run.environment_build", "bench.run.interpreters",
-               "bench.cli.compare", "bench.judge.regression", "bench.show.regression_markdown")  # fmt: skip
+               "bench.cli.compare", "bench.run.executors", "bench.run.ray_executor", "bench.run.ray_task", "bench.cli.executors", "bench.judge.regression", "bench.show.regression_markdown")  # fmt: skip
 
 
 def imported(path: Path) -> Iterator[str]:

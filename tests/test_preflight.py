@@ -30,7 +30,7 @@ from bench.record.preflight import (
 )
 from bench.record.schema import Record
 from bench.record.store import Store, read_record
-from bench.run import preflight, sweep
+from bench.run import executors, preflight, sweep
 from bench.run.arrange import Asked, arrange
 from bench.run.card_checks import Card, check_cards
 from bench.run.events import Channel
@@ -273,7 +273,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append(order.request.backend)
         return record_of(order.request, preflight=None)
 
-    monkeypatch.setattr(sweep, "run_one", run_one)
+    monkeypatch.setattr(executors, "run_one", run_one)
     return started
 
 

@@ -17,7 +17,7 @@ from bench.errors import UserError
 from bench.record.preflight import CardFindings, ForeignProcess, Preflight
 from bench.record.schema import Record
 from bench.record.store import Store
-from bench.run import sweep
+from bench.run import executors
 from bench.run.order import Order
 from bench.run.skipping import SkipRule, needs_no_less
 from tests.command import Command
@@ -156,7 +156,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
 
     def run(outcome: Outcome, *flags: str) -> tuple[Result, Runs, dict[Any, str]]:
         runs = Runs(outcome)
-        monkeypatch.setattr(sweep, "run_one", runs)
+        monkeypatch.setattr(executors, "run_one", runs)
         arguments = ["run", "--preset", "tiny", "--backend", "bf16,eetq", "--device", "cpu", *flags]
         done = CliRunner().invoke(cli, [*arguments, "--out", str(tmp_path / "out")])
         assert done.exception is None or isinstance(done.exception, SystemExit | UserError), done.exception

@@ -13,6 +13,7 @@ import click
 
 from bench.cli.allow import allow_option, other_commits
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.executors import executor_of, executor_options
 from bench.cli.reports import show
 from bench.errors import BadValue, UserError, unknown
 
@@ -90,6 +91,7 @@ def run_options(function: Function) -> Function:
 @run_options
 @allow_option
 @click.option("--shard", metavar="I/N", help="Only the I-th of N parts of the plan, for one machine of N.")
+@executor_options
 @click.option("--retry", metavar="failed", help="Repeat only recorded runs that did not complete.")
 @click.option("--no-skip", is_flag=True, help="Run also what cannot fit because a smaller run did not.")
 @click.option("--no-preflight", is_flag=True, help="Do not look at the cards before the first run.")
@@ -117,6 +119,7 @@ def run(
 
     console = Terminal(stderr=as_json, quiet=quiet or as_json)
     _check_retry(retry, force=flags["force"])
+    where = executor_of(flags, preflight=not no_preflight)
     arranged = arrange(Asked(**flags, shard=shard))
     examiner = Examiner(skip=True) if no_preflight else arranged.sweep.examiner
     sweep = replace(
@@ -127,7 +130,10 @@ def run(
             f"none of these runs is recorded in '{sweep.store.folder}'", "leave --retry out to run them"
         )
     if not dry_run:
-        click.get_current_context().with_resource(sweep.store.open_for_writing())
+        context = click.get_current_context()
+        context.with_resource(sweep.store.open_for_writing())
+        context.with_resource(where)
+        where.refuse(sweep.requests)
         if arranged.own is not None:
             save_slice(sweep.store.folder, arranged.own, arranged.plan)
     for line in filter(None, (arranged.headline, other_commits(sweep, allow))):
@@ -137,7 +143,7 @@ def run(
         return
     try:
         with Display(console) as display:
-            for _ in run_sweep(sweep, display):
+            for _ in run_sweep(sweep, display, where):
                 pass
     except KeyboardInterrupt:
         click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)

@@ -147,6 +147,8 @@ CHECKS = (
     Check("processor", "device", "environment.cpu"),
     Check("CPU threads", "device", "environment.cpu_threads"),
     Check("allocator settings", "device", "environment.allocator_settings", null="default"),
+    # Whether, and not how many: else no two runs of a full machine would be alike.
+    Check("machine shared with other runs", "sharing", "shared_machine"),
     Check("data file (digest)", "data", "request.data_digest"),
     *(
         Check(path, ELSEWHERE.get(path, family), f"request.{path}")

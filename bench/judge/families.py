@@ -72,6 +72,11 @@ FAMILIES: tuple[Family, ...] = (
         "of the allocator",
     ),
     Family(
+        "sharing",
+        "whether other runs of the same command were on the same machine at the same time",
+        instead="run them again with as many at once, or one at a time (--executor local)",
+    ),
+    Family(
         "versions",
         "the environment, Python, CUDA, the driver, and every library that both runs used",
         instead="run all of them again with what is installed now (--force)",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench.record.environment import Device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,6 +47,13 @@ def cuda_devices() -> tuple[Device, ...]:
         label = f"cuda:{place}"
         found.append(cuda_device(name, label) or Device(device=label, name=name, total_memory_bytes=None))
     return tuple(found)
+
+
+def device_memory_bytes(device: str) -> int | None:
+    """Memory of the largest card (``cuda``; None: the driver tells none), or of the machine (``cpu``)."""
+    if device == "cuda":
+        return max((card.total_memory_bytes or 0 for card in cuda_devices()), default=0) or None
+    return int(psutil.virtual_memory().total)
 
 
 def cuda_device(uuid: str, device: str) -> Device | None:

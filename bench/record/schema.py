@@ -10,7 +10,8 @@ Schema history
         the placement over several devices and ranks, the cache of quantized models, the preflight,
         the proof that the data which was told is the data that was trained on,
         the surroundings of the measured steps, the allocator's retries,
-        the environment that a run took place in (older ones: the current), and the digest of its lock
+        the environment that a run took place in (older ones: the current), and the digest of its lock,
+        the runs that shared the machine
 """
 
 from __future__ import annotations
@@ -232,6 +233,9 @@ class Record(Recorded):
     memory: Memory = Memory()
     surroundings: Surroundings | None = None
     """Null where no measured step ended, and in records made before anybody looked."""
+    shared_machine_with: tuple[str, ...] = ()
+    """Keys of the runs of the same command that were on the same machine at the same time; empty: none was,
+    as in every command that runs one after another."""
     proof: Proof = Proof()
     steps: tuple[Step, ...] = ()
     trainable_weights_finite: bool | None = None
@@ -246,3 +250,8 @@ class Record(Recorded):
     def probes_in_step_seconds(self) -> bool:
         """Whether the time of its steps has the probes' in it, as before it was told apart."""
         return any(step.watching_seconds is None for step in self.steps)
+
+    @property
+    def shared_machine(self) -> bool:
+        """Whether another run of the same command ran beside it."""
+        return bool(self.shared_machine_with)

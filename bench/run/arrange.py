@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from bench.ask.conversations import file_digest, read_conversations
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.packing import CALIBRATIONS
@@ -23,10 +21,10 @@ from bench.ask.stress import parse_stress, resolve_stress
 from bench.ask.versions import CURRENT
 from bench.errors import BadValue, unknown
 from bench.load.registry import Entry, find_backends
-from bench.probe.machine import cuda_devices, usable_cores
+from bench.probe.machine import cuda_devices, device_memory_bytes, usable_cores
 from bench.record.store import Store
 from bench.run.environments import environment_of, runs_in, versions_of
-from bench.run.placing import refuse_placement, settle
+from bench.run.placing import cards_on_cluster, refuse_placement, settle
 from bench.run.sources import find_sources
 from bench.run.sweep import Sweep
 
@@ -76,6 +74,9 @@ class Asked:
     force: bool = False
     shard: str | None = None
     """``I/N``: only the I-th of N slices of the plan."""
+    executor: str = "local"
+    """``ray``: the runs are on other machines, whose cards and memory are not this one's."""
+    gpus_per_run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,12 @@ def arrange(asked: Asked) -> Arranged:
     models = {name: source.model.request for name, source in sources.items()}
     for model in models.values():
         resolve_stress(experiment.stress, model.architecture, model.layers)
-    device = _device(experiment.device, has_cuda=bool(cuda_devices()))
+    elsewhere, cards = asked.executor != "local", len(cuda_devices())
+    if elsewhere:
+        cards = cards_on_cluster(experiment, asked.gpus_per_run, cards)
+    device = _device(experiment.device, has_cuda=cards > 0)
     environments = {name: environment_of(entries[name], experiment.environment) for name in sources}
-    placement, device_count = place(experiment, device, len(cuda_devices()))
+    placement, device_count = place(experiment, device, cards)
     requests = plan(
         experiment,
         models,
@@ -130,7 +134,7 @@ def arrange(asked: Asked) -> Arranged:
         versions=versions_of(entries, environments),
     )
     placed = ""
-    if experiment.placement == "auto" and experiment.device_count is None:
+    if experiment.placement == "auto" and experiment.device_count is None and not elsewhere:
         requests, placed = settle(requests, cuda_devices())
     out = asked.out or DEFAULT_OUT / Path(experiment.preset).stem
     if own is not None:
@@ -140,7 +144,7 @@ def arrange(asked: Asked) -> Arranged:
         sources,
         entries,
         Store(out),
-        memory_bytes=_memory_bytes(device),
+        memory_bytes=None if elsewhere else device_memory_bytes(device),
         force=asked.force,
     )
     headline = (
@@ -176,13 +180,6 @@ def _models_in_words(sweep: Sweep) -> str:
         if source.model.request.name != meant.name
     ]
     return f"{meant.name}, {meant.weights} weights{note}{''.join(others)}"
-
-
-def _memory_bytes(device: str) -> int | None:
-    """Of the largest card, or of the machine."""
-    if device == "cuda":
-        return max((card.total_memory_bytes or 0 for card in cuda_devices()), default=0) or None
-    return int(psutil.virtual_memory().total)
 
 
 def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Preset, str]:

@@ -35,6 +35,21 @@ def refuse_placement(experiment: Experiment, entries: Mapping[str, Entry]) -> No
         )
 
 
+def cards_on_cluster(experiment: Experiment, gpus_per_run: int | None, here: int) -> int:
+    """CUDA devices that a run on a cluster has: those it asks for. ``here``: those of this machine, which may
+    have none.
+
+    Raises BadValue where what is asked contradicts itself.
+    """
+    if gpus_per_run is None:
+        return max(here, experiment.device_count or 1) if experiment.device == "cuda" else here
+    if experiment.device == "cpu":
+        raise BadValue(f"--gpus-per-run {gpus_per_run}: these runs are on the CPU", "use --device cuda")
+    if experiment.device_count is not None and experiment.device_count > gpus_per_run:
+        raise BadValue(f"--gpus-per-run {gpus_per_run}: a run uses {experiment.device_count} cards")
+    return gpus_per_run
+
+
 def settle(requests: Sequence[RunRequest], cards: Sequence[Device]) -> tuple[list[RunRequest], str]:
     """``requests``, each planned for one card, on as many as they need; and why, for the headline."""
     sizes = [card.total_memory_bytes for card in cards if card.total_memory_bytes is not None]

@@ -1,4 +1,4 @@
-"""A sweep: the runs of one experiment, one after another, each record saved as soon as its run ends.
+"""A sweep: the runs of one experiment, done by an executor, each record saved as soon as its run ends.
 
 Runs that have a record already are skipped, and those that cannot fit because a smaller one did not
 (``bench.run.skipping``); Ctrl-C saves the interrupted run's record and stops.
@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 from bench.ask.models import ResolvedModel
-from bench.ask.packing import packed_folder
 from bench.ask.plan import RunRequest
-from bench.ask.reference import reference_dtype, reference_file, reference_request
 from bench.load.registry import Entry
 from bench.record.preflight import Preflight
 from bench.record.schema import Record
 from bench.record.store import Store
 from bench.run import environments
-from bench.run.launch import run_one
+from bench.run.executors import Executor, Job, LocalExecutor
+from bench.run.here import order_here
 from bench.run.listening import Listener
 from bench.run.order import Order
 from bench.run.preflight import Examiner
@@ -95,69 +95,69 @@ class Sweep:
     def order(self, request: RunRequest) -> Order:
         """The job handed to a worker."""
         source = self.sources[request.backend]
-        folder = source.model.folder.resolve() if source.model.folder else None
-        packed, making = None, packing_request(request, self.entries)
-        if request.calibration not in (None, "random"):
-            packed = packed_folder(making, source.model).resolve()
-        return Order(
-            request=request,
-            model_folder=folder,
-            packed_folder=packed,
-            packing_request=making if making is not request else None,
+        return order_here(
+            request,
+            source.model.folder,
+            packing=packing_request(request, self.entries),
             note=source.note,
             replay=self.replay,
-            **(_reference(request, self.memory_bytes) if request.fidelity else {}),
+            memory_bytes=self.memory_bytes,
         )
 
 
-def _reference(request: RunRequest, memory_bytes: int | None) -> dict[str, Any]:
-    """The parts of an order that concern the comparison with an unquantized model."""
-    dtype, reason = reference_dtype(request, memory_bytes)
-    if dtype is None:
-        return {"reference_note": reason}
-    return {
-        "reference_file": reference_file(request, dtype).resolve(),
-        "reference_request": reference_request(request, dtype),
-    }
+def run_sweep(sweep: Sweep, watcher: Watcher, executor: Executor | None = None) -> Iterator[Record]:
+    """Run what is waiting and yield each of its records once it has been saved.
 
-
-def run_sweep(sweep: Sweep, watcher: Watcher) -> Iterator[Record]:
-    """Run what is waiting and yield every record of the sweep's requests, old ones included.
-
-    Before the first run on CUDA the cards are looked at; where a copy between them arrives changed, every
-    waiting run gets a record that says so. Raises KeyboardInterrupt after the interrupted run's record has
+    ``executor``: where, which has been entered; None: here, one run after another. Unless it examines cards
+    itself, they are looked at before the first run on CUDA; where a copy between them arrives changed, every
+    waiting run gets a record that says so. Raises KeyboardInterrupt after the interrupted runs' records have
     been saved.
     """
+    executor = executor or LocalExecutor()
     waiting = {request.key: place for place, request in enumerate(sweep.waiting())}
-    able = [r for r in sweep.requests if r.key in waiting and sweep.obstacle(r) is None]
-    found = sweep.examiner.find(able, watcher)
+    found = None
+    if not executor.examines_cards:
+        able = [r for r in sweep.requests if r.key in waiting and sweep.obstacle(r) is None]
+        found = sweep.examiner.find(able, watcher)
     rule = sweep.skip_rule()
+
+    def keep(record: Record) -> Record:
+        record = _with_preflight(record, found)
+        rule.observe(record)
+        sweep.store.save(record)
+        watcher.ended(record)
+        return record
+
+    running = executor.run(_jobs(sweep, watcher, waiting, found, rule))
+    try:
+        for record in running:
+            yield keep(record)
+    except KeyboardInterrupt as interruption:
+        for interrupted in interruption.args:
+            keep(interrupted)
+        raise
+
+
+def _jobs(
+    sweep: Sweep, watcher: Watcher, waiting: Mapping[str, int], found: Preflight | None, rule: SkipRule
+) -> Iterator[Job | Record]:
+    """What is to be run, in order; whether a run is skipped is decided when it is taken."""
     for request in sweep.requests:
         if request.key not in waiting:
             watcher.skipped(request)
             continue
         standing = _not_started(sweep, request, found, rule)
-        if standing is not None and standing.status == "skipped" and sweep.store.out_of_memory(request.key):
+        if standing is None:
+            yield Job(
+                request,
+                partial(sweep.order, request),
+                partial(watcher.listener, waiting[request.key], len(waiting), request),
+            )
+        elif standing.status == "skipped" and sweep.store.out_of_memory(request.key):
             # Retried, and known to be in vain by now: what was observed says more than that.
             watcher.skipped(request)
-            continue
-        record = standing
-        if record is None:
-            try:
-                record = run_one(
-                    sweep.order(request), watcher.listener(waiting[request.key], len(waiting), request)
-                )
-            except KeyboardInterrupt as interruption:
-                for interrupted in interruption.args:
-                    interrupted = _with_preflight(interrupted, found)  # noqa: PLW2901
-                    sweep.store.save(interrupted)
-                    watcher.ended(interrupted)
-                raise
-        record = _with_preflight(record, found)
-        rule.observe(record)
-        sweep.store.save(record)
-        watcher.ended(record)
-        yield record
+        else:
+            yield standing
 
 
 def _not_started(
@@ -185,11 +185,14 @@ def obstacle(request: RunRequest, entry: Entry) -> str | None:
 
 
 def _with_preflight(record: Record, found: Preflight | None) -> Record:
-    return record.model_copy(update={"preflight": found}) if record.request.device == "cuda" else record
+    """An executor that examined the cards itself has put its own findings into the record."""
+    if found is None or record.request.device != "cuda":
+        return record
+    return record.model_copy(update={"preflight": found})
 
 
 def not_started(
-    request: RunRequest, status: Literal["unavailable", "error", "skipped"], reason: str
+    request: RunRequest, status: Literal["unavailable", "error", "skipped", "crashed"], reason: str
 ) -> Record:
     """The record of a run that could not be started."""
     return Record(

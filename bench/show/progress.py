@@ -1,4 +1,4 @@
-"""What is seen while a sweep runs: one live line in a terminal, one plain line a run anywhere else."""
+"""What is seen while a sweep runs: a live line for each run in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Display:
             console=console,
             transient=True,
         )
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
+        """By the run's key."""
 
     def __enter__(self) -> Display:
         if self._live:
@@ -80,8 +81,8 @@ class Display:
         if not self._live:
             self._say(f"{name}: started")
             return lambda event: None
-        self._remove()
-        task = self._task = self._progress.add_task("starting", run=name, total=None)
+        self._remove(request.key)
+        task = self._tasks[request.key] = self._progress.add_task("starting", run=name, total=None)
 
         def take(event: Mapping[str, Any]) -> None:
             match event["event"]:
@@ -103,13 +104,12 @@ class Display:
 
     def ended(self, record: Record) -> None:
         """Leave one lasting line for a finished run."""
-        self._remove()
+        self._remove(record.key)
         self._say(describe_end(record))
 
-    def _remove(self) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+    def _remove(self, key: str) -> None:
+        if (task := self._tasks.pop(key, None)) is not None:
+            self._progress.remove_task(task)
 
     def _say(self, line: str) -> None:
         # Where whoever read this has gone (``| head -1``), rich ends the program. The records are what it is
