@@ -5,6 +5,7 @@
     bare         as it would be written by hand (``bench.run.bare``)
     unobserved   the harness's loop with no probe
     observed     with the always-on probe, as every run has it
+    recorded     the same steps as their records tell their time, which leaves the probe's own out
     trace        with the fine hooks of --trace                                     (--all)
     anomaly      unobserved, under torch.autograd.detect_anomaly                     (--all)
     debug        unobserved, under transformers' DebugUnderflowOverflow              (--all)
@@ -31,6 +32,8 @@ import torch
 from bench.errors import UserError
 from bench.load.model import linear_shapes
 from bench.load.registry import foreign_libraries, get_backend
+from bench.probe.clock import old_objects_left_alone
+from bench.record.schema import Step
 from bench.run.arrange import Asked
 from bench.run.bare import bare_step, read_batches
 from bench.run.building import Builder
@@ -44,7 +47,10 @@ from bench.run.watch import Watch
 WARMUP_ROUNDS = 2
 BASE = "unobserved"
 
-Way = Callable[[], AbstractContextManager[Callable[[], object]]]
+RECORDED_OF = {"observed": "recorded"}
+"""Way -> the name under which the recorded time of its steps stands."""
+
+Way = Callable[[], AbstractContextManager[Callable[[], Step | None]]]
 """Enters what must be in place, outside of the time taken, and gives the step."""
 
 
@@ -75,19 +81,23 @@ def main() -> None:
 
 def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
     """Ratio to the unobserved step in each round, after two rounds of warm-up."""
-    ratios: dict[str, list[float]] = {name: [] for name in ways if name != BASE}
+    ratios: dict[str, list[float]] = {}
     names = list(ways)
-    for place in range(rounds + WARMUP_ROUNDS):
-        seconds = {}
-        turn = place % len(names)
-        for name in names[turn:] + names[:turn]:
-            with ways[name]() as step:
-                began = time.perf_counter()
-                step()
-                seconds[name] = time.perf_counter() - began
-        if place >= WARMUP_ROUNDS:
-            for name, values in ratios.items():
-                values.append(seconds[name] / seconds[BASE])
+    with old_objects_left_alone():
+        for place in range(rounds + WARMUP_ROUNDS):
+            seconds = {}
+            turn = place % len(names)
+            for name in names[turn:] + names[:turn]:
+                with ways[name]() as step:
+                    began = time.perf_counter()
+                    told = step()
+                    seconds[name] = time.perf_counter() - began
+                if told and name in RECORDED_OF:
+                    seconds[RECORDED_OF[name]] = told.seconds
+            if place >= WARMUP_ROUNDS:
+                base = seconds.pop(BASE)
+                for name, value in seconds.items():
+                    ratios.setdefault(name, []).append(value / base)
     return ratios
 
 
@@ -112,20 +122,24 @@ class Subject:
             ways |= {"trace": self._trace, "anomaly": self._anomaly, "debug": self._debug}
         return ways
 
-    def _step(self) -> object:
+    def _step(self) -> Step:
         self._steps += 1
-        return one_step(self.trainer, self._steps)
+        step, _ = one_step(self.trainer, self._steps)
+        return step
+
+    def _bare_step(self) -> None:
+        bare_step(self.trainer, read_batches(self.trainer, self._bare_reader))
 
     @contextlib.contextmanager
-    def _bare(self) -> Iterator[Callable[[], object]]:
-        yield lambda: bare_step(self.trainer, read_batches(self.trainer, self._bare_reader))
+    def _bare(self) -> Iterator[Callable[[], Step | None]]:
+        yield self._bare_step
 
     @contextlib.contextmanager
-    def _harness(self) -> Iterator[Callable[[], object]]:
+    def _harness(self) -> Iterator[Callable[[], Step | None]]:
         yield self._step
 
     @contextlib.contextmanager
-    def _watched(self, *, fine: bool) -> Iterator[Callable[[], object]]:
+    def _watched(self, *, fine: bool) -> Iterator[Callable[[], Step | None]]:
         trainer = self.trainer
         trainer.watch = Watch(
             trainer.adapters, self._linears, {}, trainer.devices[0], trainer.dtype, fine=fine
@@ -136,19 +150,19 @@ class Subject:
             trainer.watch.remove()
             trainer.watch = None
 
-    def _observed(self) -> AbstractContextManager[Callable[[], object]]:
+    def _observed(self) -> AbstractContextManager[Callable[[], Step | None]]:
         return self._watched(fine=False)
 
-    def _trace(self) -> AbstractContextManager[Callable[[], object]]:
+    def _trace(self) -> AbstractContextManager[Callable[[], Step | None]]:
         return self._watched(fine=True)
 
     @contextlib.contextmanager
-    def _anomaly(self) -> Iterator[Callable[[], object]]:
+    def _anomaly(self) -> Iterator[Callable[[], Step | None]]:
         with torch.autograd.detect_anomaly():
             yield self._step
 
     @contextlib.contextmanager
-    def _debug(self) -> Iterator[Callable[[], object]]:
+    def _debug(self) -> Iterator[Callable[[], Step | None]]:
         from transformers.debug_utils import DebugUnderflowOverflow
 
         modules = list(self.trainer.adapters.model.modules())
