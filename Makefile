@@ -71,7 +71,6 @@ stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margi
 	QLORA_BENCH_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest -m slow $(FLAGS)
 
 soak: smollm2 ## The long proofs: faults, kill -9 at random moments, 20,000 bad inputs, Ray, the older stack
-	$(INSTALL) --no-build-isolation --editable '.[ray]'
 	$(BIN)/python -m bench.run.environment_build legacy
 	$(BIN)/python -m pytest --timeout=7200 -m soak $(FLAGS)
 

@@ -17,8 +17,6 @@ import pytest
 
 from tests.command import ROOT, Command
 
-ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-
 pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("default")]
 REPEATS = 12
 PLAN = ("--preset", "tiny", "--backend", "bf16,eetq", "--device", "cpu", "--repeats", str(REPEATS), "--steps", "2",
@@ -199,3 +197,4 @@ def test_a_cluster_that_cannot_do_it_is_one_line(own: Command, tmp_path: Path, f
     line = own.refused("run", "--preset", "tiny", "--backend", "eetq", "--device", "cpu", "--executor", "ray", *flags,
                        "--out", tmp_path / "out")  # fmt: skip
     assert words in line
+    assert not (tmp_path / "out").exists()

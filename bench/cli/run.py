@@ -131,9 +131,10 @@ def run(
         )
     if not dry_run:
         context = click.get_current_context()
-        context.with_resource(sweep.store.open_for_writing())
         context.with_resource(where)
         where.refuse(sweep.requests)
+        # Last, for it makes the folder: what is refused leaves nothing behind.
+        context.with_resource(sweep.store.open_for_writing())
         if arranged.own is not None:
             save_slice(sweep.store.folder, arranged.own, arranged.plan)
     for line in filter(None, (arranged.headline, other_commits(sweep, allow))):
