@@ -323,7 +323,7 @@ def test_a_packed_checkpoint_for_backends_that_cannot_read_it_is_one_line(place)
     line = place.command.refused("run", "--preset", place.preset, "--model", place.made[GPTQ].folder,
                                  "--backend", "hqq,awq")  # fmt: skip
     assert "is quantized already (gptq)" in line
-    assert line.endswith("possible with: gptq")
+    assert line.endswith("possible with: auto-gptq, gptq")
 
 
 # ---- folders of shards ---------------------------------------------------------------------------

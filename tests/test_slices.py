@@ -28,7 +28,7 @@ def planned(backends: tuple[str, ...], repeats: int) -> list[RunRequest]:
         device="cpu",
         cpu_threads=2,
         options={name: {} for name in backends},
-        libraries=dict.fromkeys(backends, ()),
+        versions={name: {} for name in backends},
         calibrations=dict.fromkeys(backends),
     )
 
