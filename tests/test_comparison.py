@@ -165,7 +165,7 @@ BREAKING = {
         r, "request", optimizer=r.request.optimizer.model_copy(update={"learning_rate": 1e-3})
     ),
     "every operation watched (--trace)": lambda r: changed(r, "request", trace=True),
-    "probes within the time of a step": lambda r: r.model_copy(
+    "reading of the probes within the time of a step": lambda r: r.model_copy(
         update={"steps": tuple(step.model_copy(update={"watching_seconds": 0.03}) for step in r.steps)}
     ),
     "effective dtype": lambda r: changed(r, "quantization", effective_dtype="float16"),

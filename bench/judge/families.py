@@ -64,7 +64,10 @@ FAMILIES: tuple[Family, ...] = (
     Family("checkpointing", "whether and how activations are recomputed"),
     Family("optimizer", "the settings of AdamW and of clipping"),
     Family("stress", "the layers that --stress rescales"),
-    Family("trace", "whether every operation was watched, and whether step times have the probes in them"),
+    Family(
+        "trace",
+        "whether every operation was watched, and whether step times have the reading of the probes in them",
+    ),
     Family("placement", "how a step is spread over devices, processes and micro-batches"),
     Family(
         "device",

@@ -6,13 +6,12 @@ checkpointing saves. What checkpointing computes again in the backward is not re
 
     probe = RangeProbe(model, linear_names)
     probe.forward_begins(); ...; probe.backward_begins(); ...; probe.ends()
-    seconds, (micro_batch,) = probe.take_seconds(), probe.read()
+    (micro_batch,) = probe.read()
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -101,7 +100,6 @@ class RangeProbe:
         self._phase: Literal["off", "forward", "backward"] = "off"
         self._micro_batches: list[_Pending] = []
         self._handles: list[RemovableHandle] = []
-        self._seconds = 0.0
         self.layers = 0
         """Decoder layers found."""
         wanted = set(linears)
@@ -139,14 +137,6 @@ class RangeProbe:
             for batch in pending
         ]
 
-    def take_seconds(self) -> float:
-        """Seconds that the hooks took on a CPU since they were last asked for.
-
-        On a CUDA device their kernels run among the others, and no clock of the host tells them apart.
-        """
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
     def _attach(self, plain: str, name: str, module: nn.Module, linears: set[str], fine: bool) -> None:
         layer = DECODER_LAYER.match(plain)
         self.layers += layer is not None
@@ -169,14 +159,14 @@ class RangeProbe:
             if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
                 return
             if self._phase == "forward":
-                self._look(self._micro_batches[-1].forward, place, tensor)
+                self._micro_batches[-1].forward.append(_extremes(place, tensor))
             # Under the reentrant mode the only pass with gradients is the one within the backward.
             if backward and tensor.requires_grad and self._phase != "off":
                 tensor.register_hook(gradient)  # type: ignore[no-untyped-call]
 
         def gradient(value: torch.Tensor) -> None:
             if self._phase == "backward":
-                self._look(self._micro_batches[-1].backward, place, value)
+                self._micro_batches[-1].backward.append(_extremes(place, value))
 
         return hook
 
@@ -185,21 +175,19 @@ class RangeProbe:
 
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             if self._phase == "forward" and inputs and isinstance(inputs[0], torch.Tensor):
-                self._look(self._micro_batches[-1].forward, place, inputs[0])
+                self._micro_batches[-1].forward.append(_extremes(place, inputs[0]))
 
         return hook
-
-    def _look(self, kept: list[_Extremes], place: Place, tensor: torch.Tensor) -> None:
-        began = time.perf_counter()
-        kept.append(_Extremes(place, *torch.aminmax(tensor.detach())))
-        if tensor.device.type == "cpu":
-            self._seconds += time.perf_counter() - began
 
 
 def _computes(plain: str, module: nn.Module) -> bool:
     """What ``fine`` adds: norms, activations, attention and MLP as wholes, and the parts of each adapter."""
     last = plain.rpartition(".")[2]
     return last in ("self_attn", "mlp", "act_fn") or "norm" in last or isinstance(module, nn.Linear)
+
+
+def _extremes(place: Place, tensor: torch.Tensor) -> _Extremes:
+    return _Extremes(place, *torch.aminmax(tensor.detach()))
 
 
 def _seen(extremes: _Extremes, abs_max: float) -> Seen:

@@ -147,8 +147,8 @@ class Step(Recorded):
     seconds: Seconds
     """From before the forward to after the update, without ``watching_seconds``; of the slowest process."""
     watching_seconds: Seconds | None = None
-    """What the probes took in this step: reading them, and on a CPU their hooks in forward and backward,
-    whose kernels a CUDA device runs among the others. Null in older records: there ``seconds`` has it."""
+    """For reading the probes, between the backward and the update; their hooks in forward and backward are
+    part of ``seconds``. Null in older records, whose ``seconds`` have this in them too."""
     tokens: int
     """Non-padding tokens of all processes."""
     loss_tokens: int
@@ -247,8 +247,8 @@ class Record(Recorded):
     """The pairs that ``--stress`` rescaled."""
 
     @property
-    def probes_in_step_seconds(self) -> bool:
-        """Whether the time of its steps has the probes' in it, as before it was told apart."""
+    def watching_in_step_seconds(self) -> bool:
+        """Whether the time of its steps has the reading of the probes in it, as before it was told apart."""
         return any(step.watching_seconds is None for step in self.steps)
 
     @property

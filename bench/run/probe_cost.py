@@ -5,7 +5,7 @@
     bare         as it would be written by hand (``bench.run.bare``)
     unobserved   the harness's loop with no probe
     observed     with the always-on probe, as every run has it
-    recorded     the same steps as their records tell their time, which leaves the probe's own out
+    recorded     the same steps as their records tell their time, which leaves the reading of the probe out
     trace        with the fine hooks of --trace                                     (--all)
     anomaly      unobserved, under torch.autograd.detect_anomaly                     (--all)
     debug        unobserved, under transformers' DebugUnderflowOverflow              (--all)

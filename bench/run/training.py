@@ -144,7 +144,7 @@ def one_step(
         paused = now(trainer.devices)
         seen = watch.observe(index, batches, losses, norm, scale) if watch else None
         kept = watch.keep(seen, batches, random) if watch and seen else None
-        watching = now(trainer.devices) - paused + watch.ranges.take_seconds() if watch else None
+        watching = now(trainer.devices) - paused if watch else None
         applied = _update(trainer, norm, scale)
     seconds = now(trainer.devices) - began - (watching or 0.0)
     if watch and seen:
