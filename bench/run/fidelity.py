@@ -175,7 +175,9 @@ def _layer_error(
         rows = min(IDENTITY_ROWS, shape.in_features - start)
         identity = torch.zeros(rows, shape.in_features, dtype=dtype, device=device)
         identity[torch.arange(rows), start + torch.arange(rows)] = 1
-        seen = _without_bias(layer, identity).float()
+        # As in training: some layers leave it to autocast that both factors have one dtype.
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            seen = _without_bias(layer, identity).float()
         wanted = dense[:, start : start + rows].to(device, torch.float32).t()
         error += float((seen - wanted).double().square().sum())
         size += float(wanted.double().square().sum())
