@@ -12,6 +12,8 @@ from bench.record.logs.training_log import read_training_log
 from tests import toy_trainer as toy
 from tests.command import ROOT
 
+pytestmark = pytest.mark.soak
+
 FORMATS = ("trainer_state.json", "console.log")
 
 

@@ -92,6 +92,7 @@ def test_every_step_has_its_probe(overflow: Record) -> None:
         assert not math.isfinite(at)
 
 
+@pytest.mark.soak
 def test_in_bfloat16_the_dial_changes_nothing(command: Command, checkpoint: Path, out: Path) -> None:
     """The healthy control: with a power of two, losses and norms are those of the model without the dial."""
     arguments = ["--backend", "bnb-nf4", "--steps", "3"]

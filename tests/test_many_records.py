@@ -99,6 +99,7 @@ def seconds(work) -> float:
     return time.process_time() - began
 
 
+@pytest.mark.soak
 def test_four_times_as_many_records_take_about_four_times_as_long(tmp_path):
     """Quadratic would be sixteen."""
     limits = load_limits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -75,6 +76,8 @@ FAILURES = {
     "unruly-out-of-memory": ("out_of_memory", "train", "rank 1: OutOfMemoryError"),
 }
 
+LONG = ("unruly-exits", "unruly-out-of-memory")
+
 
 @pytest.fixture(scope="module")
 def unruly(tmp_path_factory: pytest.TempPathFactory) -> Command:
@@ -89,34 +92,42 @@ def unruly(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 @pytest.fixture(scope="module")
-def failed(unruly: Command, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One sweep over every kind of failure."""
-    flags = [flag for name in FAILURES for flag in ("--backend", name)]
-    out = tmp_path_factory.mktemp("failures") / "records"
-    done = unruly.run("run", "--preset", "tiny", *flags, *DDP, "--out", out, "--json", timeout=500)
-    assert done.returncode == 1, done.stderr
-    return {body["request"]["backend"]: body for body in json.loads(done.stdout)}
+def failed(unruly: Command, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """The record of a kind of failure, run once."""
+
+    @functools.cache
+    def record_of(backend: str) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("failures") / "records"
+        done = unruly.run("run", "--preset", "tiny", "--backend", backend, *DDP, "--out", out, "--json",
+                          timeout=500)  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        (body,) = json.loads(done.stdout)
+        return body
+
+    return record_of
 
 
-@pytest.mark.parametrize("backend", FAILURES)
-def test_a_failing_rank_is_named(failed: dict[str, dict[str, Any]], backend: str) -> None:
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.soak if name in LONG else ()) for name in FAILURES]
+)
+def test_a_failing_rank_is_named(failed: Callable[[str], dict[str, Any]], backend: str) -> None:
     """And not the one that waited for it, though that one may have told an error too."""
-    body, (status, stage, message) = failed[backend], FAILURES[backend]
+    body, (status, stage, message) = failed(backend), FAILURES[backend]
     assert (body["status"], body["stage"]) == (status, stage), body["message"]
     assert message in body["message"]
 
 
-def test_what_was_told_before_is_kept(failed: dict[str, dict[str, Any]]) -> None:
+def test_what_was_told_before_is_kept(failed: Callable[[str], dict[str, Any]]) -> None:
     """Each linear layer is computed twice a step, so the fifth forward is in the third step."""
-    body = failed["unruly-killed"]
+    body = failed("unruly-killed")
     assert body["exit_code"] == -signal.SIGKILL
     assert [len(step["losses"]) for step in body["steps"]] == [2, 2]
     assert [place["rank"] for place in body["placement"]["places"]] == [0, 1]
-    assert "planted failure" in failed["unruly-raises-in-load"]["stderr_tail"]
+    assert "planted failure" in failed("unruly-raises-in-load")["stderr_tail"]
 
 
-def test_no_process_is_left(failed: dict[str, dict[str, Any]], unruly: Command) -> None:
-    assert failed
+def test_no_process_is_left(failed: Callable[[str], dict[str, Any]], unruly: Command) -> None:
+    assert failed("unruly-killed")
     assert list(processes_of(unruly)) == []
 
 
