@@ -367,10 +367,10 @@ def test_runs_give_memory_back_and_say_so(preset):
     plan = planned_forecast(preset, verify=True)
     for sweep in (plan.sweep, plan.full):
         order = sweep.order(plan.by_depth["bf16", 0, 1])
-        assert order.environment == RETURN_MEMORY
+        assert order.variables == RETURN_MEMORY
         assert RETURN_NOTE in order.note
     on_a_card = plan.by_depth["bf16", 0, 1].model_copy(update={"device": "cuda"})
-    assert (plan.sweep.order(on_a_card).environment, plan.sweep.order(on_a_card).note) == ({}, None)
+    assert (plan.sweep.order(on_a_card).variables, plan.sweep.order(on_a_card).note) == ({}, None)
 
 
 def test_the_whole_model_is_packed_as_its_slices_are(tmp_path, preset):

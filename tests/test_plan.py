@@ -28,6 +28,7 @@ def planned(backends=("bf16", "hqq"), **changes):
         device="cpu",
         cpu_threads=2,
         options={name: {} for name in backends},
+        environments=dict.fromkeys(backends, "current"),
         versions={name: installed_versions(HARNESS_LIBRARIES) for name in backends},
         calibrations=dict.fromkeys(backends),
     )

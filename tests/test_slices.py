@@ -28,6 +28,7 @@ def planned(backends: tuple[str, ...], repeats: int) -> list[RunRequest]:
         device="cpu",
         cpu_threads=2,
         options={name: {} for name in backends},
+        environments=dict.fromkeys(backends, "current"),
         versions={name: {} for name in backends},
         calibrations=dict.fromkeys(backends),
     )

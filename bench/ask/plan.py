@@ -138,24 +138,23 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
     device_count: int = 1,
     cpu_threads: int,
     options: Mapping[str, Mapping[str, Any]],
+    environments: Mapping[str, str],
     versions: Mapping[str, Mapping[str, str | None]],
     calibrations: Mapping[str, Literal["rtn", "calibrated", "published", "random"] | None],
-    environments: Mapping[str, str] | None = None,
     data_digest: str | None = None,
 ) -> list[RunRequest]:
     """Order the runs of ``experiment``.
 
-    ``models``: backend id -> its model. ``options``: backend id -> complete options. ``versions``: backend
-    id -> version of each library in play (None where one is not installed). ``calibrations``: backend id ->
-    how its packed checkpoint comes to be. ``environments``: backend id -> where it runs; None: all in the
-    current one.
+    ``models``: backend id -> its model. ``options``: backend id -> complete options. ``environments``:
+    backend id -> where it runs. ``versions``: backend id -> version of each library in play (None where one
+    is not installed). ``calibrations``: backend id -> how its packed checkpoint comes to be.
     """
     return [
         RunRequest(
             preset=experiment.preset,
             model=models[backend],
             backend=backend,
-            environment=(environments or {}).get(backend, CURRENT),
+            environment=environments[backend],
             options=options[backend],
             calibration=calibrations[backend],
             dtype=experiment.dtype,

@@ -1,4 +1,7 @@
-"""Which libraries every run has in play, and of which version each is here. Nothing is imported."""
+"""Which libraries every run has in play, where they are installed, and of which version each is here.
+
+Nothing is imported to find out.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 
 CURRENT = "current"
 """The environment of the interpreter that runs the command."""
+STAMP = ".ready"
+"""File in the folder of an environment that was built from a lock: the lock's digest."""
 HARNESS_LIBRARIES = ("qlora-bench", "torch", "transformers", "peft", "accelerate")
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from bench.ask.versions import STAMP
 from bench.probe.machine import commit_and_dirty, cuda_device, processor_name, usable_cores
 from bench.record.environment import Device, Environment
 
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
-STAMP = ".ready"
-"""In the folder of an environment that was built from a lock: the lock's digest."""
 
 
 def describe_environment(

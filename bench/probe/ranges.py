@@ -82,7 +82,10 @@ def abs_max(tensor: torch.Tensor) -> torch.Tensor:
 
     By ``aminmax``: one pass without a temporary, 3 to 30 times faster on a CPU than ``abs().amax()``.
     """
-    low, high = torch.aminmax(tensor.detach())
+    return _larger(*torch.aminmax(tensor.detach()))
+
+
+def _larger(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     # Subtracted, not negated: of zeros that is 0 and not -0.
     return torch.maximum(0.0 - low.float(), high.float())
 
@@ -195,14 +198,14 @@ def _seen(extremes: _Extremes, abs_max: float) -> Seen:
 
 
 def _fetch(kept: list[_Extremes]) -> Iterator[float]:
-    """Their largest absolute values in order, as in `abs_max`, with one copy for each device and dtype."""
+    """Their largest absolute values in order, with one copy for each device and dtype."""
     alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, extremes in enumerate(kept):
         alike.setdefault((extremes.low.device, extremes.low.dtype), []).append(place)
     values = [0.0] * len(kept)
     for places in alike.values():
-        low = torch.stack([kept[place].low for place in places]).float()
-        high = torch.stack([kept[place].high for place in places]).float()
-        for place, value in zip(places, torch.maximum(0.0 - low, high).tolist(), strict=True):
+        low = torch.stack([kept[place].low for place in places])
+        high = torch.stack([kept[place].high for place in places])
+        for place, value in zip(places, _larger(low, high).tolist(), strict=True):
             values[place] = value
     return iter(values)

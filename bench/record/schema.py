@@ -11,7 +11,7 @@ Schema history
         the proof that the data which was told is the data that was trained on,
         the surroundings of the measured steps, the allocator's retries,
         the environment that a run took place in (older ones: the current), and the digest of its lock,
-        the runs that shared the machine
+        the runs that shared the machine, the time for reading the probes
 """
 
 from __future__ import annotations

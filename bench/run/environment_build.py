@@ -18,10 +18,11 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.ask.versions import STAMP
 from bench.errors import UserError
 from bench.load.registry import find_backends
 from bench.record.writing import held
-from bench.run.environments import BUILT, LOCK, STAMP, Environment, find_environment
+from bench.run.environments import BUILT, LOCK, Environment, find_environment
 from bench.run.interpreters import ask
 
 

@@ -27,14 +27,14 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from bench.ask.experiment import Frozen, describe
-from bench.ask.versions import CURRENT, HARNESS_LIBRARIES, installed_versions
+from bench.ask.versions import CURRENT, HARNESS_LIBRARIES, STAMP, installed_versions
 from bench.errors import BadValue, BrokenFile, UserError, unknown
 from bench.load.registry import Entry
 from bench.probe.machine import REPOSITORY
 from bench.run.interpreters import WORKER_NEEDS, ask, variables_of_worker
 
 VARIABLE = "QLORA_BENCH_ENVIRONMENTS"
-DESCRIPTION, LOCK, BUILT, STAMP = "environment.toml", "requirements.lock", ".venv", ".ready"
+DESCRIPTION, LOCK, BUILT = "environment.toml", "requirements.lock", ".venv"
 
 
 class Build(Frozen):

@@ -88,7 +88,7 @@ class Measuring:
         if known is not None:
             self.tell(f"{backend}: recorded already, skipped")
             return known
-        order = plan.full.order(request).model_copy(update={"turns": turns, "environment": {}})
+        order = plan.full.order(request).model_copy(update={"turns": turns, "variables": {}})
         times = time_depths(order, self.watcher.listener(0, 1, request))
         save_times(folder, times)
         self.tell(describe_times(times))

@@ -47,7 +47,7 @@ class ReturningSweep(Sweep):
         if request.device != "cpu":
             return order
         note = RETURN_NOTE if order.note is None else f"{order.note}; {RETURN_NOTE}"
-        return order.model_copy(update={"environment": RETURN_MEMORY, "note": note})
+        return order.model_copy(update={"variables": RETURN_MEMORY, "note": note})
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _attended(order: Order, told: Told, listener: Listener, began: float, work: 
                     stderr=output,
                     pass_fds=[write_end],
                     start_new_session=True,
-                    env={**variables, **order.environment},
+                    env={**variables, **order.variables},
                 )
             finally:
                 os.close(write_end)

@@ -36,7 +36,7 @@ class Order(Frozen):
     note: str | None = None
     """A departure from the ordinary run that the harness chose (how a checkpoint was packed, how freed memory
     is returned), told in the record."""
-    environment: Mapping[str, str] = Field(default_factory=dict)
-    """Variables of the worker's environment, besides those of its parent."""
+    variables: Mapping[str, str] = Field(default_factory=dict)
+    """Environment variables of the worker, besides those of its parent."""
     turns: Turns | None = None
     """The depths whose steps are timed (``bench.run.depths``); None: an ordinary run."""

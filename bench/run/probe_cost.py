@@ -47,9 +47,6 @@ from bench.run.watch import Watch
 WARMUP_ROUNDS = 2
 BASE = "unobserved"
 
-RECORDED_OF = {"observed": "recorded"}
-"""Way -> the name under which the recorded time of its steps stands."""
-
 Way = Callable[[], AbstractContextManager[Callable[[], Step | None]]]
 """Enters what must be in place, outside of the time taken, and gives the step."""
 
@@ -92,8 +89,8 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
                     began = time.perf_counter()
                     told = step()
                     seconds[name] = time.perf_counter() - began
-                if told and name in RECORDED_OF:
-                    seconds[RECORDED_OF[name]] = told.seconds
+                if told and name == "observed":
+                    seconds["recorded"] = told.seconds
             if place >= WARMUP_ROUNDS:
                 base = seconds.pop(BASE)
                 for name, value in seconds.items():

@@ -153,7 +153,7 @@ class RayExecutor:
             return not_started(request, "error", f"the task of the run failed on its node: {why}")
         except RayError as error:
             why = f"the node of the run died, or Ray's process on it, {MOST_RETRIES + 1} times"
-            return _crashed(request, f"{why}: {first_line(error)}")
+            return not_started(request, "crashed", f"{why}: {first_line(error)}")
         if outcome.record.preflight is not None:
             self._seen[outcome.cards] = outcome.record.preflight.model_dump_json()
         return outcome.record
@@ -197,7 +197,7 @@ class RayExecutor:
         under_way.clear()
         self._cancel(lost)
         for job in lost.values():
-            yield _crashed(job.request, "no node with room for the run is left in the cluster")
+            yield not_started(job.request, "crashed", "no node with room for the run is left in the cluster")
 
     def _cancel(self, under_way: Mapping[Any, Job]) -> list[Record]:
         """Have all workers stopped. Returns the records of the runs that had begun."""
@@ -236,10 +236,6 @@ def _nodes() -> list[Mapping[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _crashed(request: RunRequest, reason: str) -> Record:
-    return not_started(request, "crashed", reason)
 
 
 def _last_line(error: Exception) -> str:

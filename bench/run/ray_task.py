@@ -26,7 +26,7 @@ from bench.run.here import moved_here
 from bench.run.launch import STILL_WELL, run_one
 from bench.run.order import Order
 from bench.run.preflight import Examiner
-from bench.run.sweep import not_started, obstacle
+from bench.run.sweep import not_started, obstacle, with_preflight
 from bench.run.told import Told, record_of
 
 SHOWN = ("stage", "progress", "step")
@@ -165,11 +165,6 @@ def take_over(home: Home) -> None:
     else:
         os.environ["OMP_NUM_THREADS"] = home.omp_num_threads
     cuda_devices.cache_clear()
-
-
-def with_preflight(record: Record, found: Preflight | None) -> Record:
-    """The record with what was found about its cards."""
-    return record if found is None else record.model_copy(update={"preflight": found})
 
 
 def interrupted(order: Order) -> Record:

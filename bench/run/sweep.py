@@ -122,7 +122,7 @@ def run_sweep(sweep: Sweep, watcher: Watcher, executor: Executor | None = None) 
     rule = sweep.skip_rule()
 
     def keep(record: Record) -> Record:
-        record = _with_preflight(record, found)
+        record = with_preflight(record, found)
         rule.observe(record)
         sweep.store.save(record)
         watcher.ended(record)
@@ -184,8 +184,9 @@ def obstacle(request: RunRequest, entry: Entry) -> str | None:
     return refused and f"placement '{request.placement}' is not possible with '{entry.id}': {refused}"
 
 
-def _with_preflight(record: Record, found: Preflight | None) -> Record:
-    """An executor that examined the cards itself has put its own findings into the record."""
+def with_preflight(record: Record, found: Preflight | None) -> Record:
+    """The record with what was found about the cards; None: nothing, or the executor, which examined them
+    itself, has put it there."""
     if found is None or record.request.device != "cuda":
         return record
     return record.model_copy(update={"preflight": found})
