@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends import _gptqmodel as shared
+from backends import _four_bit, _gptqmodel
 from bench.ask.experiment import Dtype
-from bench.load.contract import PackedBackend, Shape
+from bench.load.contract import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -21,16 +21,13 @@ COLUMN_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's interleave of 8 output columns in a word."""
 
 
-class AwqCheckpoint(PackedBackend):
+class AwqCheckpoint(_four_bit.FourBitCheckpoint):
     """A backend on AWQ checkpoints."""
 
-    refused_placements = {"fsdp": shared.NOT_CUT}
-    codes = ("qweight",)
     adapter_casts_input = False
     method = "awq"
     calibration_moves_scales = True
     packed_names = ("qweight", "qzeros", "scales")
-    options: shared.GroupOptions
 
     def effective_dtype(self, requested: Dtype) -> Dtype:
         """float16 on CUDA (transformers' AwqQuantizer.update_dtype); as asked on a CPU."""
@@ -39,19 +36,11 @@ class AwqCheckpoint(PackedBackend):
             return "float16"
         return requested
 
-    def fit(self, shapes: Sequence[Shape]) -> None:
-        """Replace a group size that does not divide the input features."""
-        self.options, note = shared.fitted(self.options, shapes, self.device)
-        self.notes += [note] if note else []
-
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over a published checkpoint's group size; only the GEMM layout trains."""
-        group = shared.checked_group(config, self.method, self.device)
+    def check_layout(self, config: Mapping[str, Any]) -> None:
+        """Only the GEMM layout trains."""
         layout = str(config.get("version", config.get("format", "gemm"))).lower()
         if layout != "gemm":
             raise ValueError(f"the checkpoint's layout '{layout}' is not 'gemm', the one that trains")
-        self.options, note = shared.regrouped(self.options, group, "as the checkpoint has it")
-        self.notes += [note] if note else []
 
     def config(self) -> dict[str, Any]:
         """As AutoAWQ writes it."""
@@ -78,8 +67,8 @@ class AwqCheckpoint(PackedBackend):
         codes = (torch.round(groups / step.unsqueeze(2)) + zeros.unsqueeze(2)).clamp(0, 15)
         codes = codes.reshape(rows, columns).to(torch.int32).t().contiguous()
         return {
-            "qweight": shared.pack_columns(codes, COLUMN_ORDER),
-            "qzeros": shared.pack_columns(zeros.to(torch.int32).t().contiguous(), COLUMN_ORDER),
+            "qweight": _four_bit.pack_columns(codes, COLUMN_ORDER),
+            "qzeros": _four_bit.pack_columns(zeros.to(torch.int32).t().contiguous(), COLUMN_ORDER),
             "scales": scale.t().contiguous(),
         }
 
@@ -92,11 +81,11 @@ class AwqCheckpoint(PackedBackend):
         groups, words = shape.in_features // self.options.group_size, shape.out_features // 8
         sevens = torch.full((groups, words), 0x77777777, dtype=torch.int32, device=device)
         # 7 + 1 = 8: each zero point is raised or not by a bit of its own.
-        raised = shared.random_words((groups, words), generator, device) & 0x11111111
+        raised = _four_bit.random_words((groups, words), generator, device) & 0x11111111
         return {
-            "qweight": shared.random_words((shape.in_features, words), generator, device),
+            "qweight": _four_bit.random_words((shape.in_features, words), generator, device),
             "qzeros": sevens + raised,
-            "scales": shared.random_scales((groups, shape.out_features), deviation, generator, device),
+            "scales": _four_bit.random_scales((groups, shape.out_features), deviation, generator, device),
         }
 
     def expected_bits(self, shape: Shape) -> float:
@@ -105,7 +94,7 @@ class AwqCheckpoint(PackedBackend):
 
     def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
         """Real AWQ (scales searched on activations, 2306.00978) by gptqmodel."""
-        shared.run_calibration(
+        _gptqmodel.run_calibration(
             model_folder,
             output,
             texts,

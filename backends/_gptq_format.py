@@ -10,38 +10,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends import _gptqmodel as shared
-from bench.load.contract import PackedBackend, Shape, Workspace
+from backends import _four_bit, _gptqmodel
+from bench.load.contract import Shape, Workspace
 
 if TYPE_CHECKING:
     import torch
 
 
-class GptqCheckpoint(PackedBackend):
+class GptqCheckpoint(_four_bit.FourBitCheckpoint):
     """A backend on GPTQ checkpoints."""
 
-    codes = ("qweight",)
-    refused_placements = {"fsdp": shared.NOT_CUT}
     method = "gptq"
     packed_names = ("qweight", "qzeros", "scales", "g_idx")
-    options: shared.GroupOptions
     zero_points_are_stored_less_one = True
     """AutoGPTQ's first format ("gptq") stores zero - 1; "gptq_v2" stores zero."""
 
-    def fit(self, shapes: Sequence[Shape]) -> None:
-        """Replace a group size that does not divide the input features."""
-        self.options, note = shared.fitted(self.options, shapes, self.device)
-        self.notes += [note] if note else []
-
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over a published checkpoint's group size and zero-point format."""
-        group = shared.checked_group(config, self.method, self.device)
+    def check_layout(self, config: Mapping[str, Any]) -> None:
+        """Either zero-point format; which one it is decides how zero points are read."""
         layout = config.get("checkpoint_format", config.get("format", "gptq"))
         if layout not in ("gptq", "gptq_v2"):
             raise ValueError(f"the checkpoint's format '{layout}' is not 'gptq' or 'gptq_v2'")
         self.zero_points_are_stored_less_one = layout == "gptq"
-        self.options, note = shared.regrouped(self.options, group, "as the checkpoint has it")
-        self.notes += [note] if note else []
 
     def config(self) -> dict[str, Any]:
         """As AutoGPTQ writes it."""
@@ -69,8 +58,8 @@ class GptqCheckpoint(PackedBackend):
         zeros = torch.full((scale.shape[1], rows), 8 - 1, dtype=torch.int32)
         index = torch.arange(columns, dtype=torch.int32) // self.options.group_size
         return {
-            "qweight": shared.pack_rows(codes.t().contiguous()),
-            "qzeros": shared.pack_columns(zeros, range(8)),
+            "qweight": _four_bit.pack_rows(codes.t().contiguous()),
+            "qzeros": _four_bit.pack_columns(zeros, range(8)),
             "scales": scale.t().contiguous(),
             "g_idx": index,
         }
@@ -84,11 +73,13 @@ class GptqCheckpoint(PackedBackend):
         groups = shape.in_features // self.options.group_size
         index = torch.arange(shape.in_features, dtype=torch.int32, device=device)
         return {
-            "qweight": shared.random_words((shape.in_features // 8, shape.out_features), generator, device),
+            "qweight": _four_bit.random_words(
+                (shape.in_features // 8, shape.out_features), generator, device
+            ),
             "qzeros": torch.full(
                 (groups, shape.out_features // 8), 0x77777777, dtype=torch.int32, device=device
             ),
-            "scales": shared.random_scales((groups, shape.out_features), deviation, generator, device),
+            "scales": _four_bit.random_scales((groups, shape.out_features), deviation, generator, device),
             "g_idx": index // self.options.group_size,
         }
 
@@ -99,11 +90,11 @@ class GptqCheckpoint(PackedBackend):
 
     def workspace(self, shape: Shape, tokens: int) -> Workspace:
         """As of a kernel in plain torch."""
-        return shared.dequantizing_workspace(shape, self.dtype)
+        return _gptqmodel.dequantizing_workspace(shape, self.dtype)
 
     def calibrate(self, model_folder: Path, output: Path, texts: Sequence[str]) -> str:
         """Real GPTQ (second-order rounding, 2210.17323) by gptqmodel."""
-        shared.run_calibration(
+        _gptqmodel.run_calibration(
             model_folder,
             output,
             texts,

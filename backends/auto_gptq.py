@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from backends import _gptqmodel as shared
+from backends import _four_bit
 from backends._gptq_format import GptqCheckpoint
 from bench.load.contract import Layer, Shape
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class AutoGptq(GptqCheckpoint):
     """GPTQ 4-bit symmetric, groups of 128, the same checkpoints as 'gptq' (AutoGPTQ, an older stack)."""
 
-    variants = {"auto-gptq": shared.GroupOptions()}
+    variants = {"auto-gptq": _four_bit.GroupOptions()}
     environments = ("legacy",)
     requires = ("auto_gptq", "optimum")
     distributions = {"auto_gptq": "auto-gptq"}
@@ -29,9 +29,9 @@ class AutoGptq(GptqCheckpoint):
     # PEFT 0.15's layer casts only where autocast is off, and asks that of CUDA alone.
     adapter_casts_input = False
 
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over a published checkpoint's group size; AutoGPTQ reads its own first format only."""
-        super().adopt(config)
+    def check_layout(self, config: Mapping[str, Any]) -> None:
+        """AutoGPTQ reads its own first format only."""
+        super().check_layout(config)
         if not self.zero_points_are_stored_less_one:
             raise ValueError("the checkpoint's format is 'gptq_v2', and AutoGPTQ reads 'gptq'")
 
@@ -50,7 +50,7 @@ class AutoGptq(GptqCheckpoint):
         )
         size = layer.shape
         built = kind(4, group, size.in_features, size.out_features, layer.bias is not None, trainable=True)
-        shared.take(built, layer, self.packed_names)
+        _four_bit.take(built, layer, self.packed_names)
         if self.dtype == "float32":
             # It multiplies by a weight in the scales' dtype, which only autocast brings to that of its input.
             built.scales = built.scales.float()

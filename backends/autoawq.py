@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backends import _gptqmodel as shared
+from backends import _four_bit
 from backends._awq_format import AwqCheckpoint
 from bench.load.contract import DTYPE_BYTES, Layer, Shape, Workspace
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class AutoAwq(AwqCheckpoint):
     """AWQ 4-bit asymmetric, groups of 128, the same checkpoints as 'awq' (AutoAWQ, an older stack; CUDA)."""
 
-    variants = {"autoawq": shared.GroupOptions()}
+    variants = {"autoawq": _four_bit.GroupOptions()}
     environments = ("legacy",)
     requires = ("awq",)
     distributions = {"awq": "autoawq"}
@@ -44,7 +44,7 @@ class AutoAwq(AwqCheckpoint):
             dev=layer.device,
             training=True,
         )
-        shared.take(built, layer, self.packed_names)
+        _four_bit.take(built, layer, self.packed_names)
         built.requires_grad_(False)
         return built  # type: ignore[no-any-return]
 

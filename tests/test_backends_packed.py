@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends import _gptqmodel as shared
-from backends import awq
+from backends import _four_bit, awq
 from backends._awq_format import COLUMN_ORDER
 from bench.errors import BadValue
 from bench.load.contract import Shape
@@ -210,14 +209,14 @@ def worst_error_in_steps(method, weight, group=64):
 @given(st.integers(0, 2**31))
 def test_packed_rows_unpack_again(seed):
     codes = torch.randint(0, 16, (16, 5), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    assert torch.equal(rows(shared.pack_rows(codes)), codes)
+    assert torch.equal(rows(_four_bit.pack_rows(codes)), codes)
 
 
 @given(st.integers(0, 2**31))
 def test_packed_columns_unpack_again(seed):
     codes = torch.randint(0, 16, (5, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
-    assert torch.equal(columns(shared.pack_columns(codes, range(8))), codes)
-    assert torch.equal(columns(shared.pack_columns(codes, COLUMN_ORDER), AUTOAWQ_REVERSE_ORDER), codes)
+    assert torch.equal(columns(_four_bit.pack_columns(codes, range(8))), codes)
+    assert torch.equal(columns(_four_bit.pack_columns(codes, COLUMN_ORDER), AUTOAWQ_REVERSE_ORDER), codes)
 
 
 @pytest.mark.parametrize(("method", "limit"), [("gptq", 0.51), ("awq", 1.01)])
