@@ -70,7 +70,8 @@ def order(cases: tuple[Case, ...], rounds: int) -> Iterator[tuple[Place, Arm]]:
         for case in cases:
             if case.rounds is not None and number >= case.rounds:
                 continue
-            arms = [ARMS[name] for name in case.arms if number == 0 or not ARMS[name].once]
+            chosen = (ARMS[name] for name in case.arms)
+            arms = [arm for arm in chosen if arm.rounds is None or number < arm.rounds]
             turn = number % len(arms)
             for arm in arms[turn:] + arms[:turn]:
                 yield Place(case.name, number), arm
