@@ -12,6 +12,7 @@ import pytest
 
 from bench.errors import UserError
 from tests.command import ROOT
+from tests.peers.__main__ import PAGE_FILE, read_session
 from tests.peers.arithmetic import claims, tokens_per_second, within_steps
 from tests.peers.arms import Place, outcome_of, run_peer
 from tests.peers.cases import BY_METHOD, CASES, INLINE, OPTIMUM, OPTIMUM_TODAY, OURS, TRAINER, Arm, choose
@@ -165,6 +166,11 @@ def test_arms_rotate_and_what_needs_no_repeat_is_not_repeated() -> None:
     left = [turn for turn in turns if turn[0].round > 0]
     done = [outcome(arm.name, case=place.case) for place, arm in turns if place.round == 0]
     assert estimate(done, left) == pytest.approx(20.0 * len(left))
+
+
+def test_the_committed_page_is_that_of_the_committed_session() -> None:
+    folder = ROOT / "results" / "xeon-2-cores" / "peers"
+    assert (folder / PAGE_FILE).read_text(encoding="utf-8") == markdown(read_session(folder))
 
 
 def test_an_unknown_case_is_one_line_with_the_nearest() -> None:
