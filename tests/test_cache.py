@@ -443,9 +443,10 @@ FLAGS = ("--preset", "tiny", "--device", "cpu", "--steps", "3", "--set", "worklo
          "--set", "cpu_threads=1", "--backend", "hqq", "--cache")  # fmt: skip
 
 
-def test_two_commands_at_once_quantize_and_the_next_one_loads_from_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [("one",), pytest.param(("one", "two"), marks=pytest.mark.soak)], ids=len)
+def test_commands_at_once_quantize_and_the_next_one_loads_from_the_cache(tmp_path: Path, names: tuple[str, ...]) -> None:
     command = Command(tmp_path / "cache")
-    outs = [tmp_path / "one", tmp_path / "two"]
+    outs = [tmp_path / name for name in names]
     running = [
         subprocess.Popen(command.arguments("run", *FLAGS, "--out", out, "--quiet"), env=command.environment,
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -95,6 +95,7 @@ def test_a_model_cannot_be_cut_to_what_it_does_not_have(layers):
 # ---- the worker ----------------------------------------------------------------------------------
 
 
+@pytest.mark.soak  # test_forecast does it through the command in `make test`
 def test_the_worker_tells_what_models_of_those_depths_compute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

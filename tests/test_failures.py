@@ -170,6 +170,7 @@ def _wait_for_second_worker(process: subprocess.Popen[Any], out: Path) -> int:
     return worker
 
 
+@pytest.mark.soak
 def test_what_ends_after_the_last_step_costs_a_run_nothing_but_itself(
     command_with_strangers: Command, out: Path
 ) -> None:

@@ -144,7 +144,9 @@ def test_float16_adapters_fail_as_they_do_elsewhere(command: Command, checkpoint
     "settings",
     [
         ["attention=sdpa_math", "workload.padding=left", "checkpointing=none"],
-        ["attention=eager", "lora.precision=float32", "checkpointing=reentrant"],
+        pytest.param(
+            ["attention=eager", "lora.precision=float32", "checkpointing=reentrant"], marks=pytest.mark.soak
+        ),
     ],
     ids=" ".join,
 )
@@ -158,8 +160,9 @@ def test_what_triage_changes_can_be_asked_for(
     assert all(step.probe and None not in step.probe.gradient_abs_max for step in record.steps)
 
 
-def test_fidelity_to_the_unquantized_model(command: Command, checkpoint: Path, out: Path) -> None:
+def test_fidelity_to_the_unquantized_model(checkpoint: Path, out: Path, tmp_path: Path) -> None:
     """On by itself for real weights; one reference serves both backends."""
+    command = Command(tmp_path / "cache")
     bodies: Any = command.json("run", "--preset", "tiny", "--model", checkpoint, "--out", out, "--steps", "2",
                                "--backend", "bf16", "--backend", "bnb-nf4")  # fmt: skip
     reference, quantized = (Record.model_validate(body).fidelity for body in bodies)

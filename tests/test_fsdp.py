@@ -80,6 +80,7 @@ def test_each_rank_holds_half_of_the_frozen_bytes(found: dict[str, list[Any]], n
         assert kinds["optimizer_state"] == whole.optimizer_state
 
 
+@pytest.mark.soak  # the command with two ranks: test_ddp does it in `make test`
 def test_a_run_proves_that_its_layers_come_back_whole(command: Command, tmp_path: Path) -> None:
     flags = (
         "--preset",

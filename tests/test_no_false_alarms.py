@@ -13,6 +13,7 @@ import pytest
 from bench.judge.stability import judge_stability
 from bench.record.schema import Record
 from tests.rig import BACKENDS, DTYPES_ASKED, Rig, ask, judged, quiet, settled
+from tests.thinned import thinned
 
 __all__ = ["settled"]  # a fixture for this whole module
 
@@ -38,7 +39,7 @@ def assert_healthy(made: Record) -> None:
     assert not [measure for measure in verdict.evidence if measure.exceeded]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", thinned(SEEDS, len(SEEDS)))
 def test_a_healthy_run_is_called_healthy(rig: Rig, seed: int) -> None:
     outcome = rig.train(seed)
     assert outcome.record.request.model.weights == "real"
@@ -60,7 +61,7 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same() -> None:
 
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_math", "eager"])
-@pytest.mark.parametrize("backend", ["bnb-nf4", "hqq", "awq"])
+@pytest.mark.parametrize("backend", thinned(["bnb-nf4", "hqq", "awq"], 3))
 def test_no_way_of_checkpointing_or_attending_raises_an_alarm(
     backend: str, attention: str, checkpointing: str
 ) -> None:

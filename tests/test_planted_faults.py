@@ -15,6 +15,7 @@ import torch
 from tests import plants
 from tests.faults import LAYER, Fault, assert_found, backward
 from tests.rig import BACKENDS, TINY, Plant, Rig, ask, quiet, settled
+from tests.thinned import thinned
 
 __all__ = ["settled"]  # a fixture for this whole module
 
@@ -310,7 +311,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+@pytest.mark.parametrize("fault", thinned(FAULTS, 3), ids=lambda fault: fault.name.replace(" ", "-"))
 def test_a_planted_fault_is_found_where_it_was_planted(fault: Fault) -> None:
     assert_found(fault, Rig(ask(**{"layers": 3, **fault.ask}), fault.plant))
 
@@ -323,7 +324,7 @@ def test_there_are_many_faults_and_each_has_a_name_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["1.mlp.up_proj", "0.self_attn.v_proj", "0.self_attn.q_proj", "1.mlp.down_proj"]
+    "module", thinned(["1.mlp.up_proj", "0.self_attn.v_proj", "0.self_attn.q_proj", "1.mlp.down_proj"], 4)
 )
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eetq"])
 def test_what_overflows_in_float16_is_healthy_in_bfloat16(backend: str, module: str) -> None:
