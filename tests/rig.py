@@ -12,6 +12,7 @@ a dictionary. A `Plant` (``tests/plants.py``) spoils one thing of it.
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import json
 import os
@@ -68,10 +69,18 @@ quiet = pytest.mark.filterwarnings(r"ignore:`\w*gradient_checkpointing\w*` is de
 @pytest.fixture(scope="module", autouse=True)
 def settled() -> Iterator[None]:
     """For the modules that import it: one thread, which is the fastest for so small a model on a machine that
-    is shared, and the process afterwards as it was."""
+    is shared, and the process afterwards as it was.
+
+    What the test process holds is no matter of the garbage collector's meanwhile: each training has it look
+    through everything twice, which in a worker is little, and here was 40 % of the time."""
     threads, variables = torch.get_num_threads(), dict(os.environ)
     torch.set_num_threads(1)
-    yield
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "unfreeze", lambda: None)
+        yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
     choose_kernel("sdpa")
     os.environ.clear()

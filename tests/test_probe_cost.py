@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.probe.clock import old_objects_left_alone
+from bench.probe.collector import old_objects_left_alone
 from bench.probe.observation import Observation
 from bench.run.watch import Watch
 from tests.command import ROOT, Command

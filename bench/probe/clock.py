@@ -1,11 +1,9 @@
-"""Time, with the device's queue empty at both ends, and Python's garbage collector out of the way."""
+"""Time, with the device's queue empty at both ends."""
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 
@@ -20,18 +18,3 @@ def now(devices: Sequence[torch.device]) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-@contextmanager
-def old_objects_left_alone() -> Iterator[None]:
-    """Within it, the garbage collector looks only at objects that were made within it.
-
-    The libraries leave a million objects. Going through them all takes a fraction of a second, and falls to
-    whichever step happens to make the number full.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -37,7 +37,7 @@ class DepthRun(Run):
         self.channel.stage("load")
         with self.watched:
             self._import_libraries()
-        from bench.probe.clock import old_objects_left_alone
+        from bench.probe.collector import old_objects_left_alone
         from bench.probe.memory import release_unused
         from bench.run.training import one_step
 

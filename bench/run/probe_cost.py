@@ -32,7 +32,7 @@ import torch
 from bench.errors import UserError
 from bench.load.model import linear_shapes
 from bench.load.registry import foreign_libraries, get_backend
-from bench.probe.clock import old_objects_left_alone
+from bench.probe.collector import old_objects_left_alone
 from bench.record.schema import Step
 from bench.run.arrange import Asked
 from bench.run.bare import bare_step, read_batches

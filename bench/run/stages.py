@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bench.ask.stress import Pair
 from bench.load.contract import PackedBackend
 from bench.load.registry import foreign_libraries, get_backend
+from bench.probe.collector import no_full_collections
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables
 from bench.run.order import Order
@@ -130,12 +131,13 @@ class Run:
         return Builder(self.order, self.channel, self.watched)
 
     def _import_libraries(self) -> None:
-        import torch
-        import transformers
+        with no_full_collections():
+            import torch
+            import transformers
 
-        for name in get_backend(self.request.backend).backend.requires:
-            __import__(name)
-        import peft  # noqa: F401 - measured as part of the import time
+            for name in get_backend(self.request.backend).backend.requires:
+                __import__(name)
+            import peft  # noqa: F401 - measured as part of the import time
 
         transformers.utils.logging.disable_progress_bar()
         torch.set_num_threads(self.request.cpu_threads)

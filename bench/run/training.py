@@ -19,7 +19,8 @@ from torch.nn.utils import clip_grads_with_norm_
 from bench.ask.plan import RunRequest
 from bench.load.lora import Adapters
 from bench.load.model import DTYPES
-from bench.probe.clock import now, old_objects_left_alone
+from bench.probe.clock import now
+from bench.probe.collector import old_objects_left_alone
 from bench.probe.gradients import gradient_norm
 from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
 from bench.record.memory import MemoryReading, Phase
