@@ -69,6 +69,12 @@ def test_a_preset_that_cannot_be_is_refused_by_name(front: Front, text: str, why
     assert why in ended.err
 
 
+@pytest.mark.parametrize("value", ["", "\r", "  "])
+def test_an_empty_path_of_training_text_is_not_the_folder_one_stands_in(front: Front, value: str) -> None:
+    ended = front.holds(["run", "--dry-run", *TINY, "--set", f"workload.data={value}"], "workload.data is empty")
+    assert ended.code == 2
+
+
 @pytest.mark.parametrize("table", ["options", "synthetic_options"])
 def test_options_of_a_backend_that_does_not_exist_are_refused(front: Front, table: str) -> None:
     """They were passed over, and the run had the defaults."""

@@ -122,7 +122,11 @@ def test_settings(front: Front, data: st.DataObject) -> None:
         value = data.draw(st.one_of(st.sampled_from(("1", "8", "0.5", "none", "eager", "true", "float32")), st.sampled_from(SPELT), st.text(max_size=8)))
         mangled = data.draw(st.sampled_from((key, key, key, key, key.upper(), f" {key} ", f"{key}.x", key[1:], f"{key}=")))
         arguments += ["--set", f"{mangled}={value}"]
-        keys += [printable(value.strip('"')[:20]), mangled.strip(" ="), key.rpartition(".")[2] or "--set", key.replace("_", "-")]
+        # Of a backend's option, what stands behind the backend's name; it may begin with a point itself.
+        option = mangled.strip(" =").partition(".")[2] or "--set"
+        keys += [printable(value.strip().strip('"').strip()[:20]) or mangled, mangled.strip(" ="), option, key.rpartition(".")[2] or "--set", key.replace("_", "-")]
+        # Named as what it is, with its path as TOML spells it.
+        keys += ["training text"] if key == "workload.data" else []
     start = data.draw(st.sampled_from((("run", "--dry-run"), ("run", "--dry-run", "--json"), ("plan", "--cards", "24GB"), ("margin",))))
     front.holds([*start, "--preset", "tiny", "--backend", "hqq", *arguments], "--set", *keys)
 

@@ -104,6 +104,8 @@ def arrange(asked: Asked) -> Arranged:
     experiment, preset, why = _experiment(asked, entries)
     digest = None
     if experiment.workload.data is not None:
+        if not experiment.workload.data:  # as a path, '' is the folder one stands in
+            raise BadValue("workload.data is empty: expected the path of a JSONL file")
         read_conversations(Path(experiment.workload.data))
         digest = file_digest(Path(experiment.workload.data))
     refuse_placement(experiment, entries)
