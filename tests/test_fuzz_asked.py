@@ -124,7 +124,8 @@ def test_settings(front: Front, data: st.DataObject) -> None:
         arguments += ["--set", f"{mangled}={value}"]
         # Of a backend's option, what stands behind the backend's name; it may begin with a point itself.
         option = mangled.strip(" =").partition(".")[2] or "--set"
-        keys += [printable(value.strip().strip('"').strip()[:20]) or mangled, mangled.strip(" ="), option, key.rpartition(".")[2] or "--set", key.replace("_", "-")]
+        shown = printable(value.strip().strip('"').strip()[:20])
+        keys += [*filter(None, [shown]), mangled.strip(" ="), option, key.rpartition(".")[2] or "--set", key.replace("_", "-")]
         # Named as what it is, with its path as TOML spells it.
         keys += ["training text"] if key == "workload.data" else []
     start = data.draw(st.sampled_from((("run", "--dry-run"), ("run", "--dry-run", "--json"), ("plan", "--cards", "24GB"), ("margin",))))

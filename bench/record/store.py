@@ -179,7 +179,7 @@ def _first_problem(error: ValidationError) -> str:
 def _refuse_endless_numbers(text: bytes) -> None:
     """Raise ValueError for a whole number of more than 64 bits: none that is recorded comes near, and what is
     derived from one (a mean, a place in a figure) would leave the range of floats."""
-    # The quick look comes first, since it is taken at every record, and parsing all of it takes ten times
+    # The quick look comes first, since it is taken at every record, and parsing all of it takes eight times
     # as long as checking it. A small float has more digits (0.0012345678901234567), all behind its point.
     if _NINETEEN_DIGITS_OF_NO_FRACTION.search(text.translate(_DIGITS_AS_ZEROS)):
         parsed(text, whole=_of_64_bits)
