@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends import _gptqmodel as shared
 from backends._awq_format import AwqCheckpoint
+from bench.errors import MissingLibrary
 from bench.load.contract import DTYPE_BYTES, Layer, Shape, Workspace
 
 if TYPE_CHECKING:
@@ -43,6 +44,20 @@ class Awq(AwqCheckpoint):
     requires = ("gptqmodel", "optimum")
     extra = "awq"
     options: shared.PackedOptions
+
+    def ready_kernels(self) -> bool:
+        """On CUDA gptqmodel compiles the GEMM kernel where it is first asked for, once for each machine. That
+        takes a minute or more, and the CUDA toolkit's compiler."""
+        if self.device != "cuda" or self._kernel_name != AUTOMATIC_KERNELS["cuda"]:
+            return False
+        from gptqmodel.utils.awq import awq_runtime_available, awq_runtime_error
+
+        if not awq_runtime_available():
+            raise MissingLibrary(
+                f"gptqmodel's AWQ kernel for CUDA could not be compiled here: {awq_runtime_error()}",
+                "it needs nvcc of the CUDA toolkit; without it, train with --set awq.kernel=awq_torch",
+            )
+        return True
 
     def linear(self, layer: Layer) -> torch.nn.Module:
         """gptqmodel's AWQ layer."""

@@ -124,6 +124,11 @@ class Backend(ABC):
         """Adjust ``self.options`` to the model's shapes before anything is loaded, with a note for each
         change. Raises ValueError where no option fits."""
 
+    def ready_kernels(self) -> bool:
+        """Compile or load, before the load is timed, what the kernels need once and not for each model.
+        Returns whether there was anything of the kind. Raises MissingLibrary where it cannot be had here."""
+        return False
+
     @abstractmethod
     def linear(self, layer: Layer) -> torch.nn.Module:
         """Build the frozen, quantized layer on ``layer.device``."""

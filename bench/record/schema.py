@@ -67,6 +67,9 @@ class Load(Recorded):
     """Importing torch, transformers and the backend's libraries."""
     prepare_seconds: Seconds | None = None
     """Making a pre-quantized checkpoint, where one was made for this run; not part of the load."""
+    kernel_seconds: Seconds | None = None
+    """Compiling the backend's kernels, or loading what was compiled before; not part of the load. Null: it
+    has none that are made ready ahead."""
     load_seconds: Seconds
     """Reading or drawing, quantizing and placing all weights; without quantizing them where they came from
     the cache."""

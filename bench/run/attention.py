@@ -23,6 +23,19 @@ ALTERNATIVES: dict[Attention, Attention] = {
 """What is tried instead of each, where a run fails: fused against unfused."""
 
 
+NO_KERNEL = ("Invalid backend", "No viable backend", "No available kernel")
+"""How torch says that, of the kernels it may use, none computes what it was given."""
+
+
+def why_no_kernel(attention: Attention, error: Exception) -> str | None:
+    """What an error of the forward means for the attention that was asked for; None: something else.
+
+    The memory-efficient kernel, for one, has no grouped-query attention (seen on an H100 with torch 2.11)."""
+    if not attention.startswith("sdpa_") or not str(error).startswith(NO_KERNEL):
+        return None
+    return f"torch's attention kernel '{attention}' does not take this model here: try sdpa or eager"
+
+
 def implementation(attention: Attention) -> str:
     """transformers' name for it."""
     return "eager" if attention == "eager" else "sdpa"

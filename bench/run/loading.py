@@ -1,4 +1,4 @@
-"""The load of one run: build the model, time that, and let go of what the loader left behind.
+"""The load of one run: ready the kernels, build the model, time each, let go of what the loader left behind.
 
 Used by ``bench.run.stages``. What a cache of quantized layers does besides is timed apart.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from bench.load.cache import QuantizedCache
 from bench.load.contract import Backend, Shape
 from bench.load.model import BuiltModel
+from bench.load.registry import get_backend
 from bench.probe.clock import now
 from bench.probe.memory import MemoryProbe, release_unused
 from bench.run.building import Builder, is_first
@@ -31,6 +32,7 @@ class Loaded:
 def load(builder: Builder, probe: MemoryProbe) -> Loaded:
     """Build the model of the builder's request. Raises what a backend or a broken checkpoint raises."""
     request = builder.request
+    kernel_seconds = _ready_kernels(builder, probe)
     cache = None
     if request.cache:
         cache = QuantizedCache(lambda: now(probe.devices), fills=is_first(request))
@@ -44,5 +46,16 @@ def load(builder: Builder, probe: MemoryProbe) -> Loaded:
             backend.notes += cache.notes
     host_peak = probe.process_peak_bytes()
     release_unused(probe.devices)
-    facts = {"load_seconds": seconds, "host_peak_bytes": host_peak}
+    facts = {"kernel_seconds": kernel_seconds, "load_seconds": seconds, "host_peak_bytes": host_peak}
     return Loaded(backend, built, shapes, facts | (cache.load if cache is not None else {}))
+
+
+def _ready_kernels(builder: Builder, probe: MemoryProbe) -> float | None:
+    """Seconds, or None where the backend makes nothing ready. Some kernels are compiled where they are first
+    used: within the load, a minute of that would be a minute of no quantization."""
+    request = builder.request
+    backend = get_backend(request.backend).create(request.options, request.device, request.dtype)
+    began = now(probe.devices)
+    with builder.watched:
+        anything = backend.ready_kernels()
+    return now(probe.devices) - began if anything else None

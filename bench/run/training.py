@@ -25,6 +25,7 @@ from bench.probe.gradients import gradient_norm
 from bench.probe.memory import MemoryProbe, peak_reserved_bytes, resident_bytes
 from bench.record.memory import MemoryReading, Phase
 from bench.record.schema import Step
+from bench.run.attention import why_no_kernel
 from bench.run.watch import RandomState, Watch
 from bench.run.workload import IGNORED_LABEL, Batch, WorkloadReader
 
@@ -247,6 +248,8 @@ def _phase(
         yield
     except Exception as error:
         error.add_note(f"in the {name.replace('_', ' ')} of step {trainer.index}")
+        if reason := why_no_kernel(trainer.request.attention, error):
+            error.add_note(reason)
         raise
     if memory:
         readings.extend(memory.read(name))

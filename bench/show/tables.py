@@ -161,6 +161,7 @@ RECORDED: Mapping[str, tuple[str, ...]] = {
     "load": (
         "import_seconds",
         "prepare_seconds",
+        "kernel_seconds",
         "load_seconds",
         "from_cache",
         "quantize_seconds",
