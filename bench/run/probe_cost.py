@@ -22,9 +22,8 @@ import contextlib
 import os
 import statistics
 import sys
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,6 +31,7 @@ import torch
 from bench.errors import UserError
 from bench.load.model import linear_shapes
 from bench.load.registry import foreign_libraries, get_backend
+from bench.probe.clock import now
 from bench.probe.collector import old_objects_left_alone
 from bench.record.schema import Step
 from bench.run.arrange import Asked
@@ -68,7 +68,8 @@ def main() -> None:
         sys.exit(f"probe_cost: {error}")
     hide_packages(foreign_libraries(get_backend(asked.backend).backend))
     print(headline)
-    ratios = measure(Subject(order).ways(everything=asked.all), asked.rounds)
+    subject = Subject(order)
+    ratios = measure(subject.ways(everything=asked.all), asked.rounds, subject.trainer.devices)
     print("step time over the unobserved step of the same round")
     for name, values in ratios.items():
         # Of so few rounds the other method reaches beyond what was measured, below zero even.
@@ -77,8 +78,9 @@ def main() -> None:
         print(f"  {name:<11} median {statistics.median(values):.4f}   {spread}   over {len(values)} rounds")
 
 
-def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Ratio to the unobserved step in each round, after two rounds of warm-up."""
+def measure(ways: dict[str, Way], rounds: int, devices: Sequence[torch.device]) -> dict[str, list[float]]:
+    """Ratio to the unobserved step in each round, after two rounds of warm-up; what a step left queued on
+    ``devices`` is waited for."""
     ratios: dict[str, list[float]] = {}
     names = list(ways)
     with old_objects_left_alone():
@@ -87,9 +89,9 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
             turn = place % len(names)
             for name in names[turn:] + names[:turn]:
                 with ways[name]() as step:
-                    began = time.perf_counter()
+                    began = now(devices)
                     told = step()
-                    seconds[name] = time.perf_counter() - began
+                    seconds[name] = now(devices) - began
                 if told and name == "observed":
                     seconds["recorded"] = told.seconds
             if place >= WARMUP_ROUNDS:
