@@ -16,7 +16,7 @@ import pytest
 from bench.ask.plan import RunRequest
 from bench.errors import BadValue
 from bench.judge.comparison import Comparison, compare
-from bench.judge.conditions import CHECKS, checks_of
+from bench.judge.conditions import CHECKS, Check, checks_of
 from bench.judge.families import ALLOWABLE, BY_NAME, FAMILIES, parse_allowed
 from bench.record.schema import Record
 from bench.record.store import Store
@@ -472,3 +472,13 @@ def test_a_sweep_that_another_commit_went_on_with_is_told_so_before_and_after(
     before = " ".join(command.run("run", *flags, "--dry-run").stdout.split())
     assert f"1 run is recorded already, by another commit of the harness ({OLD[:12]}; now " in before
     assert "--force runs them again; --allow commit" in before
+
+
+def test_every_condition_is_read_once_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, groups and the table of conditions ask for each; of thousands of runs the reading is what takes long."""
+    read: list[tuple[str, str]] = []
+    spell = Check._text
+    monkeypatch.setattr(Check, "_text", lambda self, made: read.append((self.path, made.key)) or spell(self, made))
+    records = eight_backends(repeats=2)
+    compare(records)
+    assert len(set(read)) == len(read) >= len(CHECKS) * len({made.key for made in records})

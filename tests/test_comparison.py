@@ -119,7 +119,7 @@ def test_bytes_by_kind_are_summed_over_devices_and_unknown_where_one_does_not_te
 
 def test_what_a_failed_run_did_not_reach_is_none_and_never_zero():
     found = row(failed("hqq", "unavailable", "load", "hqq is not installed"))
-    reached = {"record", "label", "name", "verdict"}
+    reached = {"record", "label", "name", "verdict", "words"}
     given = {
         item.name: getattr(found, item.name) for item in dataclasses.fields(found) if item.name not in reached
     }

@@ -13,6 +13,7 @@ from bench.errors import BrokenFile, CannotWrite, UserError
 from bench.record.schema import Record, Step
 from bench.record.store import Store, read_record
 from bench.record.writing import write_atomically
+from tests.committed import committed
 from tests.record_factory import eight_backends, failed, record, step
 
 NUMBERS = st.floats()
@@ -299,3 +300,13 @@ def test_steps_of_any_numbers_come_back_to_the_bit(losses, norm, rate, seconds, 
 def test_records_with_any_message_come_back(message):
     made = failed("hqq", "error", "load", message)
     assert Record.model_validate_json(made.model_dump_json()) == made
+
+
+def test_what_is_the_same_in_many_records_is_held_once(tmp_path):
+    """Of records with probes it is a fifth of their memory."""
+    path = next(path for path in committed() if any(step.probe for step in read_record(path).steps))
+    one, other = read_record(path), read_record(path)
+    assert one.lora.names is other.lora.names
+    for here, there in zip(one.steps, other.steps, strict=True):
+        assert here.probe.zero_values is there.probe.zero_values
+        assert here.probe.non_finite_values is there.probe.non_finite_values

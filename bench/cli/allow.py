@@ -36,7 +36,7 @@ def allow_option(function: Function) -> Function:
 
 def other_commits(sweep: Sweep, allow: Collection[str]) -> str | None:
     """What is to be said before a sweep goes on that another commit of the harness began; else None."""
-    from bench.judge.conditions import short
+    from bench.judge.values import short
     from bench.probe.machine import commit_and_dirty
     from bench.record.store import read_record
 

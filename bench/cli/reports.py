@@ -121,12 +121,17 @@ def runs(folder: Path, as_json: bool) -> None:
     from bench.show.progress import describe_end
     from bench.show.terminal import say
 
-    records = list(Store(folder).records())
+    store = Store(folder)
     if as_json:
-        print_records(records)
+        print_records(list(store.records()))
         return
-    for record in records:
-        say(one_line(f"{record.key}  {describe_end(record)}"))
+    # Of each record only its line is kept: thousands of whole ones are much to hold for that.
+    lines = [
+        (record.started_at, record.key, one_line(f"{record.key}  {describe_end(record)}"))
+        for record in store.one_by_one()
+    ]
+    for _, _, line in sorted(lines, key=lambda line: line[:2]):
+        say(line)
 
 
 def show(

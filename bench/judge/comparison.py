@@ -14,6 +14,7 @@ from bench.judge.groups import Group, find_groups
 from bench.judge.names import tell_apart
 from bench.judge.ranking import check_baseline
 from bench.judge.rows import Row, make_rows
+from bench.record.collector import collector_paused
 from bench.record.schema import Record
 
 
@@ -59,7 +60,15 @@ def compare(
     ``notes``: what is known of the set itself, to stand before all other warnings.
     Raises UserError where no completed run has it.
     """
-    rows = tell_apart(make_rows(list(records)))
+    read = list(records)
+    with collector_paused():
+        return _compared(read, allow, baseline, notes)
+
+
+def _compared(
+    records: Sequence[Record], allow: Collection[str], baseline: str | None, notes: Sequence[str]
+) -> Comparison:
+    rows = tell_apart(make_rows(records))
     completed = [row for row in rows if row.completed]
     if baseline is not None:
         check_baseline(baseline, [row.label for row in completed], [row.label for row in rows])

@@ -9,15 +9,18 @@ Only what a run used can make it differ: the version of bitsandbytes is no condi
 
 from __future__ import annotations
 
-import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from bench.ask.experiment import Lora, Optimizer, Workload
 from bench.ask.versions import HARNESS_LIBRARIES
 from bench.judge.rows import Row
+from bench.judge.values import in_words
+from bench.record.schema import Record
 
 NOT_RECORDED = "not recorded"
 NOT_INSTALLED = "not installed"
@@ -94,22 +97,36 @@ class Check:
         """Whether all repeats of one backend must agree in it."""
         return self.scope is _everywhere
 
-    def read(self, row: Row) -> str:
-        """The value of one run in words; a part that the record lacks is not a null."""
-        value: object = row.record
+    @cached_property
+    def _steps(self) -> Sequence[str]:
         # Two dots at most: a library's own name may have some.
-        for name in self.path.split(".", 2):
+        return self.path.split(".", 2)
+
+    def read(self, row: Row) -> str:
+        """The value of one run in words; a part that the record lacks is not a null.
+
+        A run keeps it: names, groups and the table of conditions each ask for all of them.
+        """
+        text = row.words.get(self.path)
+        if text is None:
+            # Most runs say the same, so that one string will do for all.
+            text = row.words[self.path] = sys.intern(self._text(row.record))
+        return text
+
+    def _text(self, record: Record) -> str:
+        value: object = record
+        for name in self._steps:
             if isinstance(value, tuple):
                 value = tuple(getattr(part, name) for part in value)
-            elif value is None or (isinstance(value, Mapping) and name not in value):
+            elif value is None or (isinstance(value, dict) and name not in value):
                 return NOT_RECORDED
             else:
-                value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+                value = value[name] if isinstance(value, dict) else getattr(value, name)
         if value is None or (isinstance(value, tuple) and all(part is None for part in value)):
             return self.null
         if isinstance(value, tuple) and not self.counted:
             value = tuple(dict.fromkeys(value))
-        return _text(value)
+        return in_words(value)
 
     def read_if_used(self, row: Row) -> str | None:
         """The value of one run in words; None: the run has nothing to do with it."""
@@ -203,48 +220,29 @@ def find_conditions(completed: Sequence[Row], allow: Collection[str] = ()) -> tu
     return tuple(_condition(check, completed, allow, total) for check in checks_of(completed))
 
 
-def _condition(
-    check: Check, rows: Sequence[Row], allow: Collection[str], total: Mapping[str, int]
-) -> Condition:
+def _condition(check: Check, rows: Sequence[Row], allow: Collection[str], total: Counter[str]) -> Condition:
     by_text: dict[str, list[Row]] = {}
-    by_scope: dict[Hashable, set[str]] = {}
     for row in rows:
         text = check.read_if_used(row)
         if text is not None:
             by_text.setdefault(text, []).append(row)
-            by_scope.setdefault(check.scope(row), set()).add(text)
     values = tuple(ConditionValue(text, _who(members, total)) for text, members in by_text.items())
     kind: Kind = "declared" if check.family is None else "allowed" if check.family in allow else "breaking"
-    differs = any(len(texts) > 1 for texts in by_scope.values())
-    return Condition(check.name, kind, values, differs, check.family)
+    return Condition(check.name, kind, values, _differs(check, by_text), check.family)
 
 
-def _who(members: Sequence[Row], total: Mapping[str, int]) -> tuple[str, ...]:
+def _differs(check: Check, by_text: Mapping[str, Sequence[Row]]) -> bool:
+    """Whether one scope has several of the values."""
+    if len(by_text) < 2 or check.of_every_repeat:
+        return len(by_text) > 1
+    scopes = [{check.scope(row) for row in members} for members in by_text.values()]
+    return sum(map(len, scopes)) > len(set().union(*scopes))
+
+
+def _who(members: Sequence[Row], total: Counter[str]) -> tuple[str, ...]:
     """Labels of ``members``; the repeat is named where only some of a label's ``total`` are among them."""
+    if len(members) == total.total():
+        return tuple(total)
     own = Counter(row.label for row in members)
     names = (row.label if own[row.label] == total[row.label] else row.name for row in members)
     return tuple(dict.fromkeys(names))
-
-
-# ---- in words ------------------------------------------------------------------------------------
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} x {_text(part)}" for name, part in value.items()) or "none"
-    if isinstance(value, tuple):
-        return counted(str(part) for part in value)
-    return str(value)
-
-
-def counted(parts: Iterable[str]) -> str:
-    """A list in words, in which equal parts are counted."""
-    counts = Counter(parts).items()
-    return ", ".join(part if count == 1 else f"{count} x {part}" for part, count in counts)
-
-
-def short(text: str) -> str:
-    """A value in a sentence: of a digest or a commit as much as tells it apart."""
-    return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

@@ -84,13 +84,15 @@ def unreached(record: Record) -> tuple[str, ...]:
 
 
 def _dead(names: Sequence[str], probed: Sequence[Step]) -> Iterator[str]:
-    place_of = {name: place for place, name in enumerate(names)}
     measured = [step for step in probed if not step.warmup]
     # Whatever other steps decide over a tensor, the last one does; nearly all have a gradient there.
     last = max(measured, key=lambda step: step.index)
     norms = last.probe.tensor_norms if last.probe else ()
+    if 0 not in norms:
+        return
     still = {place for place, norm in enumerate(norms) if norm == 0 and _is_zero(last, place)}
-    for name, place in place_of.items() if still else ():
+    place_of = {name: place for place, name in enumerate(names)}
+    for name, place in place_of.items():
         if place not in still:
             continue
         deciding = measured

@@ -1,7 +1,7 @@
 """The evidence for a verdict: every measure of a run beside its threshold, whether it is exceeded or not.
 
-``gather(record)`` gives what the page shows next to the verdict. A measure that the run cannot give (no
-probe, no float16 scaler, too few steps) is left out, or stands there without a value and with the reason.
+``gather(record, course)`` gives what the page shows next to the verdict. A measure that the run cannot give
+(no probe, no float16 scaler, too few steps) is left out, or stands there without a value and with the reason.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from bench.judge.course import Course
 from bench.judge.dead import dead_tensors, still_steps, unreached
-from bench.judge.depth import Growth, find_growth
+from bench.judge.depth import Growth
 from bench.judge.scaler import failing_steps, has_scaler, skipped_share, skips_at_the_end
-from bench.judge.step_spikes import YARDSTICK_STEPS, loss_rise, norm_spike
+from bench.judge.step_spikes import YARDSTICK_STEPS
 from bench.judge.thresholds import (
     ACTIVATION_GROWTH,
     DEAD_TENSORS,
@@ -32,12 +33,12 @@ from bench.judge.thresholds import (
 from bench.record.schema import Record, Step
 
 
-def gather(record: Record) -> tuple[Evidence, ...]:
-    """Every measure that ``record`` gives, in the order of gravity."""
-    return tuple(_all(record))
+def gather(record: Record, course: Course) -> tuple[Evidence, ...]:
+    """Every measure that ``record`` and its course give, in the order of gravity."""
+    return tuple(_all(record, course))
 
 
-def _all(record: Record) -> Iterator[Evidence]:
+def _all(record: Record, course: Course) -> Iterator[Evidence]:
     finite = record.trainable_weights_finite
     if finite is not None:
         yield held_against(WEIGHTS_NOT_FINITE, int(not finite))
@@ -49,8 +50,8 @@ def _all(record: Record) -> Iterator[Evidence]:
             yield held_against(SKIPS_AT_THE_END, skips_at_the_end(record.steps))
         yield from _inside(record)
     yield from _dead(record)
-    yield from _spike(record.steps)
-    for growth in find_growth(record):
+    yield from _spike(course)
+    for growth in course.growths:
         yield _growth(growth)
 
 
@@ -90,14 +91,13 @@ def _dead(record: Record) -> Iterator[Evidence]:
         yield held_against(DEAD_TENSORS, len(dead), f"of {total}")
 
 
-def _spike(steps: Sequence[Step]) -> Iterator[Evidence]:
-    spike = norm_spike(steps)
+def _spike(course: Course) -> Iterator[Evidence]:
+    spike, rise = course.spike, course.rise
     if spike is not None:
         yield _only_if(spike.exceeds, held_against(NORM_RATIO, spike.ratio, f"step {spike.step}"))
         few = f"fewer than {YARDSTICK_STEPS} other steps"
         note = f"step {spike.step}" if spike.robust_z is not None else few
         yield _only_if(spike.exceeds, held_against(ROBUST_Z, spike.robust_z, note))
-    rise = loss_rise(steps)
     if rise is not None:
         yield held_against(LOSS_RISE, rise.rise, f"step {rise.step}", limit=rise.allowed)
 

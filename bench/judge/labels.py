@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from bench.record.schema import Record
@@ -72,20 +73,36 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{name}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            found[prefix + name] = "unset" if value is None else text
+            found[prefix + name] = _text(value)
     return found
+
+
+def _text(value: object) -> str:
+    """A setting as JSON has it, but for text, which needs no quotes, and for null."""
+    if value is None:
+        return "unset"
+    if isinstance(value, str):
+        return value
+    # json.dumps says the same of a number, and takes as long for it as for a whole document.
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return repr(value)
+    return json.dumps(value)
 
 
 def telling_apart(siblings: Sequence[Mapping[str, str]]) -> list[str]:
     """The first few names whose values tell apart all siblings that differ at all."""
     chosen: list[str] = []
+    # What each has of the chosen ones.
+    known: list[Hashable] = [()] * len(siblings)
     kinds = 1
     paths = dict.fromkeys(path for sibling in siblings for path in sibling)
     # What is merely watched changes nothing of the training, so it tells runs apart last.
     for path in sorted(paths, key=lambda path: path in WATCHING):
-        split = len({tuple(sibling.get(p) for p in (*chosen, path)) for sibling in siblings})
+        if kinds == len(siblings):
+            break
+        found = [(before, sibling.get(path)) for before, sibling in zip(known, siblings, strict=True)]
+        split = len(set(found))
         if split > kinds:
             chosen.append(path)
-            kinds = split
+            known, kinds = list(found), split
     return chosen

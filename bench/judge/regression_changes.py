@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from bench.judge.conditions import short
 from bench.judge.regression_asks import Difference
 from bench.judge.regression_pairs import Match
 from bench.judge.regression_runs import SILENT, Run
+from bench.judge.values import short
 from bench.record.environment import Environment
 
 NOT_IN_PLAY = "not in play"

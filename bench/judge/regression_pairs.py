@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.judge.conditions import CHECKS, Check, short
+from bench.judge.conditions import CHECKS, Check
 from bench.judge.regression_asks import Ask, Difference
 from bench.judge.regression_runs import Run
+from bench.judge.values import short
 
 COMPARED = frozenset({"versions", "commit"})
 """Families of conditions that BASE and NEW may always differ in."""

@@ -6,12 +6,11 @@ are nearly all of a record: 5,000 of them fit into memory this way.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bench.judge.rows import Row, make_row
+from bench.record.collector import collector_paused
 from bench.record.schema import Record
 
 SILENT = frozenset({"interrupted"})
@@ -45,7 +44,7 @@ class Run:
 
 def condense(records: Iterable[Record]) -> tuple[Run, ...]:
     """A run for each record, in the order of their start; ``records`` may come one at a time."""
-    with _collector_paused():
+    with collector_paused():
         found = [_run(record) for record in records]
     return tuple(sorted(found, key=lambda run: (run.record.started_at, run.record.key)))
 
@@ -61,20 +60,7 @@ def _run(record: Record) -> Run:
     lora = record.lora.model_copy(update={"names": ()}) if record.lora else None
     light = record.model_copy(update={**HEAVY, "lora": lora})
     return Run(
-        row=replace(row, record=light, headroom=None),
+        row=replace(row, record=light, headroom=None, words={}),
         last_step_bytes=memory,
         weight_error=sum(errors) / len(errors) if errors else None,
     )
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without the search for cycles: records have none, and looking through all that are held again and again
-    costs a quarter of the reading."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

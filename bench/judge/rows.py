@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bench.judge.headroom import Headroom, find_headroom
@@ -77,6 +77,8 @@ class Row:
     """Of the finite cells; whether some were not finite, ``headroom.non_finite`` says."""
     gradient_cosine: float | None
     """Between the whole LoRA gradient and the reference's on one fixed batch."""
+    words: dict[str, str] = field(default_factory=dict, repr=False)
+    """Dotted path -> its value in words, once ``bench.judge.conditions`` has read it in the record."""
 
     @property
     def repeat(self) -> int:

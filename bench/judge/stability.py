@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from bench.judge.course import Course, follow
 from bench.judge.dead import NAMED_TENSORS, find_dead
-from bench.judge.depth import find_growth
 from bench.judge.evidence import gather
 from bench.judge.location import first_failure
 from bench.judge.scaler import (
@@ -22,7 +22,6 @@ from bench.judge.scaler import (
     skips_at_the_end,
     what_is_not_finite,
 )
-from bench.judge.step_spikes import loss_rise, norm_spike
 from bench.judge.thresholds import SKIP_RATE, Evidence
 from bench.record.schema import Record, Step
 
@@ -53,11 +52,12 @@ def judge_stability(record: Record) -> Verdict:
 
     Synthetic weights are never judged, but what went wrong in such a run is still told in the reason.
     """
-    return replace(_judged(record), evidence=gather(record))
+    course = follow(record)
+    return replace(_judged(record, course), evidence=gather(record, course))
 
 
-def _judged(record: Record) -> Verdict:
-    fault = _poisoned(record) or _non_finite(record) or _dead(record) or _spiking(record)
+def _judged(record: Record, course: Course) -> Verdict:
+    fault = _poisoned(record) or _non_finite(record) or _dead(record) or _spiking(course)
     unlike = _unlike_the_real_model(record, fault)
     if unlike is not None:
         return Verdict("not_judged", unlike if fault is None else f"{unlike}; even so, {fault.reason}")
@@ -170,9 +170,9 @@ def _dead(record: Record) -> Verdict | None:
     return Verdict("dead", found.reason) if found else None
 
 
-def _spiking(record: Record) -> Verdict | None:
+def _spiking(course: Course) -> Verdict | None:
     found = []
-    rise, spike = loss_rise(record.steps), norm_spike(record.steps)
+    rise, spike = course.rise, course.spike
     if rise is not None and rise.exceeds:
         found.append(
             f"the loss rose from {rise.start:.3g} to {rise.loss:.3g} at step {rise.step}, "
@@ -183,7 +183,7 @@ def _spiking(record: Record) -> Verdict | None:
             f"the gradient norm jumped to {spike.norm:.3g} at step {spike.step}, "
             f"{spike.ratio:.3g} times the mean of the norms before it"
         )
-    for growth in find_growth(record):
+    for growth in course.growths:
         if growth.exceeds:
             what = "activations grow" if growth.direction == "forward" else "gradients grow"
             found.append(

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench.judge.alike import Difference
-from bench.judge.conditions import ENVIRONMENT, Condition, short
+from bench.judge.conditions import ENVIRONMENT, Condition
 from bench.judge.families import BY_NAME, Family
 from bench.judge.groups import Group
+from bench.judge.values import short
 
 GROUPS_SAID = 5
 """Groups of which it is said one by one what sets them apart; the table of conditions has the rest."""

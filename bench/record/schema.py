@@ -24,7 +24,7 @@ from bench.record.environment import Environment
 from bench.record.memory import Memory
 from bench.record.placement import PlacementFacts
 from bench.record.preflight import Preflight
-from bench.record.recorded import Bytes, Recorded, Seconds
+from bench.record.recorded import Bytes, KeptOnce, Recorded, Seconds
 from bench.record.stability import Fidelity, FirstFailure, Replay, StepProbe, StressedPair
 from bench.record.surroundings import Surroundings
 
@@ -99,7 +99,7 @@ class LoraFacts(Recorded):
     """Trainable values in all."""
     tensors: int
     """How many they are."""
-    names: tuple[str, ...] = ()
+    names: KeptOnce[tuple[str, ...]] = ()
     """Of every tensor, in the order in which the steps' probes tell of them."""
     dtype: str
     """Of the adapters' weights."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from bench.record.recorded import Recorded
+from bench.record.recorded import KeptOnce, Recorded
 
 FailureKind = Literal[
     "forward_overflow",
@@ -40,9 +40,9 @@ class StepProbe(Recorded):
     compute dtype had to hold it. Null: no gradient passed there."""
     tensor_norms: tuple[float | None, ...]
     """L2 norm of each LoRA tensor's gradient, unscaled, before clipping, in float32."""
-    non_finite_values: tuple[int | None, ...]
+    non_finite_values: KeptOnce[tuple[int | None, ...]]
     """Values of each LoRA tensor's gradient that are NaN or infinite."""
-    zero_values: tuple[int | None, ...]
+    zero_values: KeptOnce[tuple[int | None, ...]]
     """Values that are exactly zero. All of an A's are while its B is zero: that is no alarm."""
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from bench.ask.documents import parsed
 from bench.errors import BrokenFile, CannotWrite
+from bench.record.collector import collector_paused
 from bench.record.migration import refuse_other_version, version_field, without_removed_fields
 from bench.record.schema import Record
 from bench.record.writing import PART_SUFFIX, held, keep_elsewhere, prove_writable, write_atomically
@@ -104,23 +105,26 @@ class Store:
 
         Raises BrokenFile for a folder that does not exist or a file that is no record.
         """
-        try:
-            there = self.folder.is_dir()
-        except OSError:  # a name too long for a path
-            there = False
-        if not there:
-            raise BrokenFile(f"'{self.folder}' is not a folder of records")
-        found = [read_record(path) for path in sorted(self.folder.rglob(f"*{SUFFIX}"))]
+        with collector_paused():
+            found = [read_record(path) for path in self._paths()]
         yield from sorted(found, key=lambda record: (record.started_at, record.key))
 
     def one_by_one(self) -> Iterator[Record]:
         """The same in the order of their paths, each read when it is asked for: thousands of whole records
         may be more than memory holds. Raises BrokenFile as `records` does.
         """
-        if not self.folder.is_dir():
-            raise BrokenFile(f"'{self.folder}' is not a folder of records")
-        for path in sorted(self.folder.rglob(f"*{SUFFIX}")):
+        for path in self._paths():
             yield read_record(path)
+
+    def _paths(self) -> list[Path]:
+        """Of every record in the folder and below it. Raises BrokenFile for a folder that does not exist."""
+        try:
+            there = self.folder.is_dir()
+        except OSError:  # a name too long for a path
+            there = False
+        if not there:
+            raise BrokenFile(f"'{self.folder}' is not a folder of records")
+        return sorted(self.folder.rglob(f"*{SUFFIX}"))
 
 
 def read_record(path: Path) -> Record:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.judge.comparison import Comparison
-from bench.judge.conditions import counted
 from bench.judge.forecast_lines import HIGHEST
 from bench.judge.rows import Row
+from bench.judge.values import counted
 from bench.record.forecast import BackendForecast, Forecast
 from bench.show.columns import MISSING, gib, number
 from bench.show.fit_forecast import peak_measure, setting_in_words

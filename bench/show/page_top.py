@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.judge.comparison import Comparison
-from bench.judge.conditions import counted
 from bench.judge.groups import FIGURES, Group, Summary
 from bench.judge.rows import Row
 from bench.judge.scaler import failing_steps
 from bench.judge.stability import BAD, VerdictName
+from bench.judge.values import counted
 from bench.show.columns import gib, number, outcome, words
 from bench.show.differences import notes_on
 from bench.show.runs_shown import runs_shown
