@@ -68,6 +68,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.soak
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -100,6 +101,7 @@ def seconds(work) -> float:
 
 
 @pytest.mark.soak
+@pytest.mark.alone
 def test_four_times_as_many_records_take_about_four_times_as_long(tmp_path):
     """Quadratic would be sixteen."""
     limits = load_limits()

@@ -27,6 +27,7 @@ SORT = """place => {
 
 
 @pytest.mark.soak
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("runs", "megabytes", "open_seconds", "sort_milliseconds"), [(200, 6, 1.5, 150), (1000, 8, 2.0, 100)]
 )

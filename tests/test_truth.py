@@ -167,6 +167,7 @@ def test_other_work_is_split_off_and_named(
 
 
 @pytest.mark.soak
+@pytest.mark.alone
 def test_every_known_answer(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.truth", "--out", tmp_path / "records", "--json", tmp_path / "truth.json"],
