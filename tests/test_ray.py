@@ -131,14 +131,19 @@ def test_a_node_that_dies_half_way_costs_no_run(own: Command, cluster: Any, tmp_
 def test_the_overhead_of_a_run_is_below_three_seconds(own: Command, tmp_path: Path) -> None:
     plan = ("--preset", "tiny", "--backend", "eetq", "--device", "cpu", "--repeats", "6", "--steps", "2",
             "--set", "workload.warmup_steps=1")  # fmt: skip
-    seconds = {}
+    took, outside = {}, {}
     for executor in ("local", "ray"):
         began = time.monotonic()
         done = own.run("run", *plan, "--executor", executor, "--out", tmp_path / executor, timeout=600)
-        seconds[executor] = time.monotonic() - began
+        took[executor] = time.monotonic() - began
         assert done.returncode == 0, done.stdout + done.stderr
-    overhead = (seconds["ray"] - seconds["local"]) / 6
-    print(f"overhead per run: {overhead:.2f} s ({seconds})")
+        # Runs are one after another here. What else this machine does meanwhile makes them longer by more than Ray
+        # costs, so that the time within them is no part of the difference.
+        within = [one["wall_seconds"] for one in recorded(tmp_path / executor).values()]
+        assert len(within) == 6
+        outside[executor] = took[executor] - sum(within)
+    overhead = (outside["ray"] - outside["local"]) / 6
+    print(f"overhead per run: {overhead:.2f} s (outside the runs: {outside}; in all: {took})")
     assert overhead < 3
 
 
