@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from backends import _gptqmodel as shared
 from backends._awq_format import AwqCheckpoint
-from bench.errors import MissingLibrary
 from bench.load.contract import DTYPE_BYTES, Layer, Shape, Workspace
 
 if TYPE_CHECKING:
@@ -53,9 +52,9 @@ class Awq(AwqCheckpoint):
         from gptqmodel.utils.awq import awq_runtime_available, awq_runtime_error
 
         if not awq_runtime_available():
-            raise MissingLibrary(
-                f"gptqmodel's AWQ kernel for CUDA could not be compiled here: {awq_runtime_error()}",
-                "it needs nvcc of the CUDA toolkit; without it, train with --set awq.kernel=awq_torch",
+            raise ImportError(
+                "gptqmodel's AWQ kernel for CUDA needs the CUDA toolkit's nvcc and was not compiled here: "
+                f"train with --set awq.kernel=awq_torch, or see why: {awq_runtime_error()}"
             )
         return True
 

@@ -43,6 +43,8 @@ def cluster(own: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name, value in own.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # As docs/machines.md has clusters started, and as the command starts its own.
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     node = {"num_cpus": 1, "object_store_memory": 100 * 10**6}
     made = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})

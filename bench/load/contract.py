@@ -126,7 +126,7 @@ class Backend(ABC):
 
     def ready_kernels(self) -> bool:
         """Compile or load, before the load is timed, what the kernels need once and not for each model.
-        Returns whether there was anything of the kind. Raises MissingLibrary where it cannot be had here."""
+        Returns whether there was anything of the kind. Raises ImportError where it cannot be had here."""
         return False
 
     @abstractmethod

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Within it, nothing is searched for cycles; afterwards as before."""
+    """Within it, nothing is searched for cycles; afterwards as before, but for what was there at its end."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
+            # The first search would go through everything that was made here.
+            gc.freeze()
             gc.enable()
