@@ -67,14 +67,15 @@ def test_a_jump_by_twenty_in_a_level_run_is_always_found(count):
 
 
 def test_every_real_record_of_the_repository_is_free_of_spikes():
-    files = committed()
-    assert len(files) >= 16
-    for file in files:
-        made = Record.model_validate_json(file.read_text(encoding="utf-8"))
-        assert not norm_spike(made.steps).exceeds, file.name
-        assert not loss_rise(made.steps).exceeds, file.name
+    read = [Record.model_validate_json(file.read_text(encoding="utf-8")) for file in committed()]
+    # One has an overflow planted.
+    files = [made for made in read if not made.request.stress]
+    assert 16 <= len(files) == len(read) - 1
+    for made in files:
+        assert not norm_spike(made.steps).exceeds, made.key
+        assert not loss_rise(made.steps).exceeds, made.key
         real = made.request.model.weights == "real"
-        assert judge_stability(made).verdict == ("healthy" if real else "not_judged"), file.name
+        assert judge_stability(made).verdict == ("healthy" if real else "not_judged"), made.key
 
 
 # ---- spikes

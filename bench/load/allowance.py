@@ -1,16 +1,18 @@
 """What a training holds on a CUDA card beside its tensors: the one term of a plan that is not arithmetic.
 
-``allowance(tensor_bytes)`` is that term in bytes. Its numbers are read off torch's out-of-memory messages in
-public threads, which tell the process's memory, how much of it is allocated, and how much is reserved but not
-allocated; the highest of each is taken.
+``allowance(tensor_bytes)`` is that term in bytes. Its numbers are read off torch's out-of-memory messages,
+most of them in public threads, which tell the process's memory, how much of it is allocated, and how much is
+reserved but not allocated; the highest of each is taken.
 """
 
 from __future__ import annotations
 
-CONTEXT_BYTES = int(0.51 * 2**30)
+CONTEXT_BYTES = int(0.73 * 2**30)
 """Outside of torch's allocator: the CUDA context with its modules. 0.41 GiB (RTX 4090,
 eosphoros-ai/DB-GPT-Hub#248), 0.49 GiB (RTX 4090, 3DTopia/Phidias-Diffusion#8), 0.49 GiB (A100,
-TianheWu/CoSeR#10), 0.51 GiB (RTX 4090, huggingface/lora-fast#1)."""
+TianheWu/CoSeR#10), 0.51 GiB (RTX 4090, huggingface/lora-fast#1), 0.66 GiB (H100, in a message of our own).
+0.73 GiB: H100 with driver 580 and CUDA 13, NVML's figure once all kernels were loaded, less what torch had
+reserved (results/h100-80gb/proxy)."""
 CUBLAS_BYTES = 32 * 2**20
 """torch's cuBLAS workspace on Hopper (``CUBLAS_WORKSPACE_CONFIG`` :4096:8:16:8); 8 MiB on older cards."""
 ALLOCATOR_SHARE = 0.011

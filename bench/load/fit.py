@@ -30,7 +30,7 @@ ASSUMPTIONS = (
     "A step from the second on, when the optimizer's state exists. Loading holds one linear layer more at a "
     "time, dense and with its quantizer's temporaries, which is not counted.",
     f"The allowance is {CONTEXT_BYTES / 2**30:.2f} GiB for the CUDA context, {CUBLAS_BYTES / 2**20:.0f} MiB "
-    f"for cuBLAS and {100 * ALLOCATOR_SHARE:.1f} % for what the allocator cannot use, from public "
+    f"for cuBLAS and {100 * ALLOCATOR_SHARE:.1f} % for what the allocator cannot use, from "
     f"out-of-memory messages; tight: fits with less than {100 * TIGHT_SHARE:.0f} % to spare, which "
     "fragmentation took in one of them. Until a card is full, nvidia-smi shows more than this.",
     f"GB is the size on the box, of which CUDA sees {100 * VISIBLE_SHARE:.0f} %; GiB is what CUDA reports.",

@@ -20,6 +20,7 @@ from bench.load.heap import trim_heap
 from bench.load.layout import Layout, Place
 from bench.load.model import BuiltModel
 from bench.load.proof import StorageCount, held
+from bench.probe.cards import memory_of
 from bench.record.memory import BytesByKind, MemoryReading, Phase
 
 STATUS = Path("/proc/self/status")
@@ -199,6 +200,7 @@ def _nvml_used_bytes(device: torch.device) -> int | None:
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
     except pynvml.NVMLError:
         return None
+    found = memory_of(handle, pynvml)
+    return None if found is None else int(found.used)

@@ -29,7 +29,8 @@ class MemoryReading(Recorded):
     peak_reserved_bytes: Bytes | None = None
     """Highest within the phase."""
     nvml_used_bytes: Bytes | None = None
-    """CUDA: used on the device by all processes, as the driver says."""
+    """CUDA: used on the device by all processes, as the driver says, without what the driver holds for itself
+    (records of before 28 November 2026: with it)."""
     resident_bytes: Bytes | None = None
     """Of the process, in the machine's memory."""
     peak_resident_bytes: Bytes | None = None
