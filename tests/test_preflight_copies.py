@@ -147,10 +147,9 @@ def test_one_card_is_compared_with_the_host_and_back() -> None:
     assert (found.rounds, found.rounds_under_load, found.corrupt) == (8, 8, False)
 
     class BadRiser(TorchTransfer):
-        def stage(self, data: torch.Tensor, source: Place, *, pinned: bool) -> torch.Tensor:
-            host = super().stage(data, source, pinned=pinned)
-            host[-1] ^= 1
-            return host
+        def stage(self, data: torch.Tensor, into: torch.Tensor, source: Place) -> None:
+            super().stage(data, into, source)
+            into[-1] ^= 1
 
     found = checked(BadRiser(16, 64), 0, 0)
     assert found.corrupt
@@ -160,10 +159,9 @@ def test_one_card_is_compared_with_the_host_and_back() -> None:
 
 def test_a_staging_that_changes_bytes_is_not_blamed_on_the_direct_copy_alone() -> None:
     class BadStaging(TorchTransfer):
-        def stage(self, data: torch.Tensor, source: Place, *, pinned: bool) -> torch.Tensor:
-            host = super().stage(data, source, pinned=pinned)
-            host[0] ^= 1
-            return host
+        def stage(self, data: torch.Tensor, into: torch.Tensor, source: Place) -> None:
+            super().stage(data, into, source)
+            into[0] ^= 1
 
     found = checked(BadStaging(16, 64))
     assert found.staged_mismatching_bytes == 16

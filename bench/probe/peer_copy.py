@@ -48,8 +48,11 @@ class Transfer(Protocol):
         """Copy ``data`` on ``source`` straight into ``into`` on ``target``: of one shape, uint8 or int64,
         perhaps not contiguous."""
 
-    def stage(self, data: torch.Tensor, source: Place, *, pinned: bool) -> torch.Tensor:
-        """``data`` on ``source`` in the host's memory, page-locked or not."""
+    def host_memory(self, size: int, source: Place, *, pinned: bool) -> torch.Tensor:
+        """uint8 [size] of the host for data from ``source``, page-locked or not, ready to be written to."""
+
+    def stage(self, data: torch.Tensor, into: torch.Tensor, source: Place) -> None:
+        """Copy ``data`` on ``source`` into memory of the host."""
 
     def place(self, data: torch.Tensor, target: Place) -> torch.Tensor:
         """``data`` of the host on ``target``."""
@@ -108,9 +111,11 @@ class PairCheck:
         """The same data staged once, then copied on the default streams and on others."""
         truth = pattern_bytes(pattern, size)
         data = self.transfer.place(truth, self.source)
+        # Not timed: to get such memory takes several times as long as to fill it.
+        host = self.transfer.host_memory(size, self.source, pinned=pinned)
         self.transfer.wait(self._places)
         began = time.perf_counter()
-        host = self.transfer.stage(data, self.source, pinned=pinned)
+        self.transfer.stage(data, host, self.source)
         expected = self.transfer.place(host, self.target)
         self.transfer.wait(self._places)
         if not under_load:

@@ -36,10 +36,15 @@ class TorchTransfer:
         """Straight from one to the other, on the present streams of both."""
         into.copy_(data, non_blocking=True)
 
-    def stage(self, data: torch.Tensor, source: Place, *, pinned: bool) -> torch.Tensor:
-        """uint8 [n] in the host's memory."""
-        host = torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned and data.is_cuda)
-        return host.copy_(data)
+    def host_memory(self, size: int, source: Place, *, pinned: bool) -> torch.Tensor:
+        """uint8 [size], its pages touched."""
+        return torch.empty(
+            size, dtype=torch.uint8, pin_memory=pinned and source.device.type == "cuda"
+        ).zero_()
+
+    def stage(self, data: torch.Tensor, into: torch.Tensor, source: Place) -> None:
+        """Waits until it is there."""
+        into.copy_(data)
 
     def place(self, data: torch.Tensor, target: Place) -> torch.Tensor:
         """uint8 [n] on the target, never the same memory."""

@@ -84,7 +84,8 @@ class CopyCheck(Recorded):
     gigabytes_per_second: float | None = None
     """Of the largest copies without load, as measured; 1 GB is 10**9 bytes."""
     staged_gigabytes_per_second: float | None = None
-    """The same data over the host: both parts of the way together."""
+    """The same data over the host: both parts of the way together, without getting the host's memory (records
+    of before 28 November 2026: with it, which took most of the time)."""
     note: str | None = None
     """What could not be done as meant."""
 
