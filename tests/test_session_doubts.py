@@ -131,6 +131,20 @@ def test_a_throttled_card_is_told_with_the_reason_and_the_heat() -> None:
     assert "cooling" in warning
 
 
+def test_a_card_that_others_computed_on_is_told() -> None:
+    def one(*most: int | None) -> Record:
+        cards = [
+            CardDuringSteps(device=f"cuda:{place}", looks=7, most_compute_processes=count)
+            for place, count in enumerate(most)
+        ]
+        return record("hqq", surroundings=around(cards=tuple(cards)))
+
+    (warning,) = told([one(1, 2), one(1, 1), record("bf16")], "other compute processes")
+    assert "1 of 2 runs" in warning
+    assert "--force" in warning
+    assert not told([one(1, 1), one(None), one(0)], "other compute processes")
+
+
 def test_the_power_limit_of_a_busy_card_is_its_ordinary_state() -> None:
     card = CardDuringSteps(device="cuda:0", looks=7, throttle_reasons={"power limit": 7, "idle": 1})
     quiet = CardDuringSteps(device="cuda:0", looks=7)

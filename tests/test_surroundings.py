@@ -163,12 +163,27 @@ def test_reasons_are_counted_over_the_looks_at_the_cards_that_are_used(cards: li
     assert (second.device, second.throttle_reasons) == ("cuda:1", {})
 
 
+def test_another_process_on_a_card_is_seen_though_it_comes_and_goes(cards: list[FakeCard]) -> None:
+    one = witness(device="cuda", placement="split", device_count=2)
+    cards[0].processes = cards[1].processes = [(7, 2**30)]
+    hear(one, TRAIN, ended(0), ended(1))
+    cards[1].processes = [(7, 2**30), (8, None)]
+    hear(one, ended(2))
+    cards[1].processes = [(7, 2**30)]
+    hear(one, ended(3))
+    one.close()
+    assert one.found is not None
+    assert [card.most_compute_processes for card in one.found.cards] == [2, 1]
+
+
 def test_a_driver_that_tells_nothing_leaves_nulls(cards: list[FakeCard], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeNvml, "_nvmlDeviceGetCurrentClocksThrottleReasons", lambda self, card: None)
+    cards[1].processes = None
     one = witness(device="cuda")
     hear(one, TRAIN, ended(0), ended(1))
     assert one.found is not None
     (card,) = one.found.cards
+    assert card.most_compute_processes is None
     assert (card.throttle_reasons, card.highest_temperature_celsius, card.lowest_sm_clock_mhz) == (None, None, None)
 
 

@@ -36,6 +36,7 @@ def of_the_session(groups: Sequence[Group], completed: Sequence[Row]) -> Iterato
         yield from _of_the_order(group)
     yield from _of_others(completed)
     yield from _of_the_cards(completed)
+    yield from _of_shared_cards(completed)
 
 
 def find_drift(group: Group) -> Ratio | None:
@@ -142,6 +143,23 @@ def _of_the_cards(completed: Sequence[Row]) -> Iterator[str]:
             f"{_named(shares)}): their times are those of a slower card. See to cooling and power, let it "
             "cool down, and run again with --force."
         )
+
+
+def _of_shared_cards(completed: Sequence[Row]) -> Iterator[str]:
+    """Runs on whose card another process computed, or could have."""
+    seen = [row for row in completed if (s := row.record.surroundings) and s.cards]
+    shared = {row: most for row in seen if (most := _most_processes(row)) > 1}
+    if shared:
+        yield (
+            f"A card of {len(shared)} of {len(seen)} runs had other compute processes on it while they were "
+            f"measured ({_named(shared)}): times are those of a shared card, and the driver's memory figure "
+            "counts all of them. Run one command on a card at a time, again with --force."
+        )
+
+
+def _most_processes(row: Row) -> int:
+    cards = row.record.surroundings.cards if row.record.surroundings else ()
+    return max((card.most_compute_processes or 0 for card in cards), default=0)
 
 
 def _slowed(card: CardDuringSteps) -> dict[str, int]:

@@ -118,6 +118,12 @@ class Nvml:
             idle=self.state(uuid) or CardState(),
         )
 
+    def compute_processes(self, uuid: str) -> int | None:
+        """How many processes compute on a card now; None where the driver does not tell."""
+        call = self._nvml.nvmlDeviceGetComputeRunningProcesses_v3
+        found = _told(call, self._handles[uuid]) if uuid in self._handles else None
+        return None if found is None else len(found)
+
     def state(self, uuid: str) -> CardState | None:
         """Temperature, power, clocks and PCIe link of a card now; None where NVML does not know it."""
         if uuid not in self._handles:

@@ -55,10 +55,13 @@ class SeenCard:
     reasons: Counter[str] | None = None
     temperatures: list[int] = field(default_factory=list)
     clocks: list[int] = field(default_factory=list)
+    processes: list[int] = field(default_factory=list)
 
-    def add(self, state: CardState) -> None:
+    def add(self, state: CardState, processes: int | None) -> None:
         """One more look."""
         self.looks += 1
+        if processes is not None:
+            self.processes.append(processes)
         if state.throttle_reasons is not None:
             self.reasons = (self.reasons or Counter()) + Counter(state.throttle_reasons)
         if state.temperature_celsius is not None:
@@ -75,6 +78,7 @@ class SeenCard:
             throttle_reasons=None if self.reasons is None else dict(self.reasons),
             highest_temperature_celsius=max(self.temperatures, default=None),
             lowest_sm_clock_mhz=min(self.clocks, default=None),
+            most_compute_processes=max(self.processes, default=None),
         )
 
 
@@ -153,7 +157,7 @@ class Witness:
         for card in self._cards if self._nvml and index >= self._warmup_steps - 1 else ():
             state = self._nvml.state(card.uuid) if self._nvml else None
             if state is not None:
-                card.add(state)
+                card.add(state, self._nvml.compute_processes(card.uuid) if self._nvml else None)
 
 
 def machine_busy_seconds() -> float | None:

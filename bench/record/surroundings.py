@@ -32,6 +32,8 @@ class CardDuringSteps(Recorded):
     """Why the clocks were not higher, in words -> at how many of the looks."""
     highest_temperature_celsius: int | None = None
     lowest_sm_clock_mhz: int | None = None
+    most_compute_processes: Count | None = None
+    """The run's own among them, which is one. In a container, a driver may tell of none."""
 
 
 class Surroundings(Recorded):
