@@ -20,11 +20,16 @@ from bench.judge.intervals import (
     differs,
     paired_ratio,
     paired_ratios,
-    unpaired_ratio,
+    unpaired_ratios,
 )
 
 figures = st.floats(1e-6, 1e6)
 pairs = st.lists(st.tuples(figures, figures), min_size=1, max_size=8)
+
+
+def unpaired_ratio(values: list[float], base: list[float]) -> Ratio:
+    """Of one pair of sessions."""
+    return unpaired_ratios([(values, base)])[0]
 
 
 def close(one: Ratio, other: Ratio) -> bool:
@@ -90,6 +95,16 @@ def test_many_at_once_are_what_each_is_alone() -> None:
     alone = [paired_ratio(found) for found in many]
     assert repr(paired_ratios(many)) == repr(alone)
     assert repr(alone) == repr([paired_ratio(found) for found in many]), "the resampling has no seed"
+
+
+def test_many_pairs_of_sessions_at_once_are_what_each_is_alone() -> None:
+    rng = random.Random(5)
+    sizes = [(5, 5), (3, 4), (5, 5), (1, 3), (2, 2), (5, 5)]
+    many = [tuple([math.exp(rng.gauss(0, 0.1)) for _ in range(size)] for size in pair) for pair in sizes]
+    many += [([2.0, 2.0], [1.0, 1.0]), ([1.0, math.nan], [1.0, 2.0])]
+    alone = [unpaired_ratio(values, base) for values, base in many]
+    assert repr(unpaired_ratios(many)) == repr(alone)
+    assert [ratio.interval is None for ratio in alone] == [False] * 3 + [True] + [False] * 3 + [True]
 
 
 def test_one_pair_has_no_interval_and_concludes_nothing() -> None:

@@ -1,8 +1,8 @@
 """How sure a ratio of two measured figures is: the ratio, its interval, and whether it differs from 1.
 
 ``paired_ratio(pairs)`` is for runs that belong together (repeat k of a backend and repeat k of the baseline
-share a seed and stood side by side in time), ``unpaired_ratio(values, base)`` for two sessions whose repeats
-do not. ``differs(ratio, margin)`` says whether the whole interval lies beyond the margin.
+share a seed and stood side by side in time), ``unpaired_ratios(many)`` for two sessions whose repeats do
+not. ``differs(ratio, margin)`` says whether the whole interval lies beyond the margin.
 
 Everything is computed on logarithms, so that the ratio of swapped figures is the reciprocal. The estimate is
 the geometric mean. The interval is the hull of two that fail in different ways:
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, Literal
@@ -109,7 +109,7 @@ def paired_ratios(many: Sequence[Pairs], level: float = LEVEL) -> list[Ratio]:
         else None
         for pairs in many
     ]
-    scattered = [found for found in logs if found and len(found) > 1 and not _equal(found)]
+    scattered = [(found,) for found in logs if found and len(found) > 1 and not _equal(found)]
     resampled = iter(_bootstraps(scattered, level))
     made = []
     for found, pairs in zip(logs, many, strict=True):
@@ -124,23 +124,39 @@ def paired_ratios(many: Sequence[Pairs], level: float = LEVEL) -> list[Ratio]:
     return made
 
 
-def unpaired_ratio(values: Sequence[float], base: Sequence[float]) -> Ratio:
-    """The ratio of ``values`` to ``base``, two sessions whose repeats do not belong together.
+def unpaired_ratios(many: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[Ratio]:
+    """The ratio of the values of one session to those of another, whose repeats do not belong together; for
+    many at once, since those of as many values share their resamples.
 
     Raises ``ValueError`` where either side is empty.
     """
-    if not values or not base:
+    if not all(values and base for values, base in many):
         raise ValueError("a ratio needs at least one value on either side")
-    pairs = min(len(values), len(base))
-    if not all(_measurable(figure) for figure in (*values, *base)):
-        return Ratio(math.nan, None, pairs)
-    samples = [math.log(value) for value in values], [math.log(value) for value in base]
-    middle = _mean(samples[0]) - _mean(samples[1])
-    if pairs < 2:
-        return _ratio(middle, None, pairs)
-    if all(_equal(logs) for logs in samples):
-        return _ratio(middle, (middle, middle), pairs)
-    return _ratio(middle, _hull(middle, _student(samples, middle, LEVEL), _bootstrap(samples)), pairs)
+    logs = [
+        tuple([math.log(figure) for figure in side] for side in sides)
+        if all(_measurable(figure) for side in sides for figure in side)
+        else None
+        for sides in many
+    ]
+    several = [min(map(len, sides)) > 1 for sides in many]
+    scattered = [
+        found
+        for found, more in zip(logs, several, strict=True)
+        if found and more and not all(map(_equal, found))
+    ]
+    resampled = iter(_bootstraps(scattered, LEVEL))
+    made = []
+    for found, sides, more in zip(logs, many, several, strict=True):
+        pairs = min(map(len, sides))
+        if found is None:
+            made.append(Ratio(math.nan, None, pairs))
+        else:
+            middle = _mean(found[0]) - _mean(found[1])
+            hull = (middle, middle) if more else None
+            if hull and not all(map(_equal, found)):
+                hull = _hull(middle, _student(found, middle, LEVEL), next(resampled))
+            made.append(_ratio(middle, hull, pairs))
+    return made
 
 
 def _measurable(figure: float) -> bool:
@@ -183,43 +199,35 @@ def _student_quantile(probability: float, degrees: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def _bootstraps(many: Sequence[Sequence[float]], level: float) -> list[Ends]:
-    """Percentiles of the resampled mean of each sample; those of one length are resampled alike."""
-    import numpy
-
+def _bootstraps(many: Sequence[Sequence[Sequence[float]]], level: float) -> list[Ends]:
+    """Percentiles of the resampled mean of each sample, or of the difference of the means of each two. Those
+    of the same lengths are resampled alike."""
     found: dict[int, Ends] = {}
-    by_length: dict[int, list[int]] = {}
-    for place, logs in enumerate(many):
-        by_length.setdefault(len(logs), []).append(place)
-    for length, places in by_length.items():
-        batch = max(1, AT_ONCE // (RESAMPLES * length))
+    by_lengths: dict[tuple[int, ...], list[int]] = {}
+    for place, samples in enumerate(many):
+        by_lengths.setdefault(tuple(map(len, samples)), []).append(place)
+    for lengths, places in by_lengths.items():
+        batch = max(1, AT_ONCE // (RESAMPLES * max(lengths)))
         for start in range(0, len(places), batch):
             part = places[start : start + batch]
-            ends = _percentiles(([many[place] for place in part],), numpy.mean, level)
-            found |= dict(zip(part, ends, strict=True))
+            sides = list(zip(*(many[place] for place in part), strict=True))
+            found |= dict(zip(part, _percentiles(sides, level), strict=True))
     return [found[place] for place in range(len(many))]
 
 
-def _bootstrap(samples: Sequence[Sequence[float]]) -> Ends:
-    """Percentiles of the resampled difference of two means."""
-
-    def difference(one: Any, other: Any, axis: int) -> Any:
-        return one.mean(axis=axis) - other.mean(axis=axis)
-
-    return _percentiles(samples, difference, LEVEL)[0]
-
-
-def _percentiles(samples: Sequence[Any], statistic: Callable[..., Any], level: float) -> list[Ends]:
-    """scipy's bootstrap over the last axis of the samples: the ends for each place of the others."""
+def _percentiles(sides: Sequence[Sequence[Sequence[float]]], level: float) -> list[Ends]:
+    """scipy's bootstrap over tables of values, one or two: the ends for each of their rows."""
     import numpy
     from scipy.stats import bootstrap
 
+    def difference(one: Any, *other: Any, axis: int) -> Any:
+        return sum((-table.mean(axis=axis) for table in other), one.mean(axis=axis))
+
     found = bootstrap(
-        samples, statistic, n_resamples=RESAMPLES, vectorized=True, axis=-1, confidence_level=level,
+        sides, difference, n_resamples=RESAMPLES, vectorized=True, axis=-1, confidence_level=level,
         method="percentile", rng=numpy.random.default_rng(SEED),
     ).confidence_interval  # fmt: skip
-    low, high = numpy.atleast_1d(found.low), numpy.atleast_1d(found.high)
-    return list(zip(map(float, low), map(float, high), strict=True))
+    return list(zip(map(float, found.low), map(float, found.high), strict=True))
 
 
 def _squared_error(logs: Sequence[float]) -> float:

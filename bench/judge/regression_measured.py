@@ -1,6 +1,6 @@
 """Figures that scatter from run to run: seconds, throughput, memory, as NEW over BASE with an interval.
 
-The two sides are two sessions, so that their runs are not pairs (``bench.judge.intervals.unpaired_ratio``).
+The two sides are two sessions, so that their runs are not pairs (``bench.judge.intervals.unpaired_ratios``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.judge.intervals import Ratio, differs, unpaired_ratio
+from bench.judge.intervals import Ratio, differs, unpaired_ratios
 from bench.judge.regression_findings import Finding, Result, Unit
 from bench.judge.regression_limits import Limits
 from bench.judge.regression_pairs import Match
@@ -71,11 +71,20 @@ FIGURES = (
 
 def measured_findings(match: Match, limits: Limits) -> Iterator[Finding]:
     """One finding for each measured figure that BASE has, by device where it is one of a device."""
+    asked = []
     for figure in FIGURES:
         base, new = _values(figure, match.base), _values(figure, match.new)
         for where, values in base.items():
             title = f"{figure.title}, {where}" if where else figure.title
-            yield _finding(match.label, figure, title, values, new.get(where, ()), limits)
+            asked.append((figure, title, values, new.get(where, ())))
+    ratios = iter(unpaired_ratios([(new, base) for _, _, base, new in asked if new]))
+    for figure, title, base_values, new_values in asked:
+        if new_values:
+            found = next(ratios)
+            yield _finding(match.label, figure, title, base_values, new_values, found, limits)
+        else:
+            note = "BASE recorded it and NEW did not"
+            yield Finding(match.label, figure.key, title, "untold", figure.unit, base_values, note=note)
 
 
 def _values(figure: Figure, runs: tuple[Run, ...]) -> dict[str, tuple[float, ...]]:
@@ -88,12 +97,14 @@ def _values(figure: Figure, runs: tuple[Run, ...]) -> dict[str, tuple[float, ...
 
 
 def _finding(
-    label: str, figure: Figure, title: str, base: tuple[float, ...], new: tuple[float, ...], limits: Limits
+    label: str,
+    figure: Figure,
+    title: str,
+    base: tuple[float, ...],
+    new: tuple[float, ...],
+    ratio: Ratio,
+    limits: Limits,
 ) -> Finding:
-    if not new:
-        note = "BASE recorded it and NEW did not"
-        return Finding(label, figure.key, title, "untold", figure.unit, base, note=note)
-    ratio = unpaired_ratio(new, base)
     one_run = ratio.pairs < 2
     limit: float | None = getattr(limits.one_run if one_run else limits, figure.key)
     bound = None if limit is None else limit if figure.better == "lower" else 1 / limit
