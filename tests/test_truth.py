@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.judge.intervals import NOISE_MARGIN, differs, paired_ratio
 from bench.record.schema import Record
 from bench.record.store import Store
 from tests.command import ROOT
@@ -68,6 +70,22 @@ def test_comparisons_share_no_run() -> None:
 def test_a_delay_is_right_where_it_is_measured_as_planted(measured: float, right: bool) -> None:
     records = twins(8, lambda repeat: measured, noise=0.002)
     assert verdicts.judge_delay(records, A, B, seconds_per_step=0.01).right is right
+
+
+@pytest.mark.parametrize(("pairs", "most", "least"), [(16, 0.65, 0.0), (64, 1.0, 0.95)])
+def test_how_often_a_delay_is_found_hangs_on_the_pairs(pairs: int, most: float, least: float) -> None:
+    """The scatter is that of a real session; so many pairs are not for show."""
+    rng, sessions, found = random.Random(4), 60, 0
+    for _ in range(sessions):
+        made = [(math.exp(rng.gauss(math.log(1.0467), 0.066)), 1.0) for _ in range(pairs)]
+        found += differs(paired_ratio(made), NOISE_MARGIN) == "higher"
+    assert least <= found / sessions <= most
+
+
+def test_an_interval_reaches_less_far_with_more_pairs() -> None:
+    few, many = (verdicts.reach(twins(repeats, lambda repeat: 1.05, noise=0.03), A, B) for repeats in (8, 32))
+    assert many < few / 1.5
+    assert verdicts.reach(twins(1, lambda repeat: 1.05), A, B) == math.inf
 
 
 def holding(more_mib: dict[str, int], repeats: int = 10, noise_mib: float = 2.0) -> list[Record]:
@@ -171,7 +189,7 @@ def test_other_work_is_split_off_and_named(
 def test_every_known_answer(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.truth", "--out", tmp_path / "records", "--json", tmp_path / "truth.json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=7000, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=7100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(Store(tmp_path / "records" / "twice").records())) == 200

@@ -14,8 +14,13 @@ from tests.truth.verdicts import Finding
 
 DELAY = 0.05
 """Of the step."""
-DELAY_REPEATS, DELAY_STEPS = 16, 100
+DELAY_STEPS = 100
 """A shared machine is slower for seconds at a time, by more than what is planted: a process must outlast that."""
+DELAY_REPEATS, DELAY_REPEATS_AT_MOST = 16, 64
+"""So many at a time, until the interval reaches no further than this to either side, or there are so many."""
+DELAY_REACH = 0.016
+"""With it, 5 % is told from the margin of 1 % in 99 of 100 sessions. Pairs scattered by 6.6 % around the ratio (two
+cores of a Xeon), of which 16 leave 3.5 %: half of such sessions would tell nothing (tests/test_truth.py)."""
 HELD_MIB = 64
 MEMORY_REPEATS = 10
 """Processes that do the same differ in resident memory: an interval needs some of them."""
@@ -46,8 +51,12 @@ def delay(session: Session, amount: Amount) -> Iterator[Finding]:
     step = median(row.step_seconds_median or 0.0 for row in before)
     layers = before[0].record.quantization.layers if before[0].record.quantization else 0
     seconds = DELAY * step / layers
-    records = session.run("delay", [PLAIN, "planted-delay"], repeats=DELAY_REPEATS,
-                          settings=[steps, f"planted-delay.delay_seconds={seconds:.9f}"])  # fmt: skip
+    settings = [steps, f"planted-delay.delay_seconds={seconds:.9f}"]
+    for repeats in range(DELAY_REPEATS, DELAY_REPEATS_AT_MOST + 1, DELAY_REPEATS):
+        records = session.run("delay", [PLAIN, "planted-delay"], repeats=repeats, settings=settings)
+        # By its width alone, and not by where it lies: nothing is picked (Chow and Robbins 1965).
+        if verdicts.reach(records, PLAIN, "planted-delay") <= DELAY_REACH:
+            break
     yield verdicts.judge_delay(records, PLAIN, "planted-delay", seconds * layers)
 
 

@@ -77,14 +77,22 @@ def records_of_block(records: Sequence[Record], start: int, repeats: int) -> lis
     return [record for record in records if start <= record.request.repeat < start + repeats]
 
 
+def reach(records: Sequence[Record], plain: str, other: str) -> float:
+    """How far the interval of the ratio of their steps reaches to either side, as a factor less one."""
+    ratio = paired_ratio(_steps_of_both(records, plain, other))
+    return math.inf if ratio.interval is None else math.sqrt(ratio.interval.high / ratio.interval.low) - 1
+
+
+def _steps_of_both(records: Sequence[Record], plain: str, other: str) -> list[tuple[float, float]]:
+    return [
+        (one.step_seconds_median or math.nan, base.step_seconds_median or math.nan)
+        for one, base in zip(make_rows(of(records, other)), make_rows(of(records, plain)), strict=True)
+    ]
+
+
 def judge_delay(records: Sequence[Record], plain: str, delayed: str, seconds_per_step: float) -> Finding:
     """The slower one must not tie, and what it is measured as must tie with what was planted."""
-    pairs = [
-        (slow.step_seconds_median or math.nan, quick.step_seconds_median or math.nan)
-        for slow, quick in zip(
-            make_rows(of(records, delayed)), make_rows(of(records, plain)), strict=True
-        )
-    ]
+    pairs = _steps_of_both(records, plain, delayed)
     planted = 1 + seconds_per_step / median(base for _, base in pairs)
     ratio = paired_ratio(pairs)
     beside = paired_ratio([(slow, base * planted) for slow, base in pairs])
