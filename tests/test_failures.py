@@ -83,6 +83,7 @@ def test_failed_runs_are_rows_of_the_report(
         assert backend in page
 
 
+@pytest.mark.soak  # waits 15 s, so that a slow start is no hang; test_faults plants hangs in other places
 def test_a_hanging_run_times_out(command_with_strangers: Command, out: Path) -> None:
     began = time.monotonic()
     (body,) = command_with_strangers.json(

@@ -18,7 +18,7 @@ from bench.ask.cards import parse_cards
 from bench.ask.footprint import CardNeed, PhaseNeed
 from bench.ask.preset import load_preset
 from bench.cli.forecast import command_line
-from bench.errors import BadValue
+from bench.errors import BadValue, BrokenFile
 from bench.judge.forecast import HIGHEST, backend_forecast, excess, peak_memory
 from bench.judge.forecast_lines import RESERVED, Question
 from bench.judge.forecast_notes import assumptions
@@ -419,6 +419,21 @@ def test_errors_in_words():
     assert weights_error(two) == 0
     assert weights_error(off) == -0.5
     assert weights_error([]) is None
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "said"),
+    [
+        ({"workload": ""}, "'workload' must be a mapping"),
+        ({"lora": [1]}, "'lora' must be a mapping"),
+        ({"lora": {"target_modules": 5}}, "'lora.target_modules' must be a list"),
+    ],
+)
+def test_a_forecast_of_another_shape_is_refused_when_it_is_read(tmp_path, asked_for, said):
+    path = save_forecast(tmp_path, made())
+    path.write_text(json.dumps({**json.loads(path.read_text()), "asked": asked_for}))
+    with pytest.raises(BrokenFile, match=said):
+        read_forecast(tmp_path)
 
 
 def test_a_forecast_comes_back_from_its_file(tmp_path):

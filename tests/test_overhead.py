@@ -122,6 +122,7 @@ def test_loops_that_did_not_train_the_same_are_told_apart(loss: float) -> None:
     json.dumps(overhead_values(changed, found), allow_nan=False)
 
 
+@pytest.mark.soak  # three fresh processes; `make overhead` is eighteen of each model
 def test_a_real_round_trains_the_same_by_hand_and_in_the_harness(command: Command, tmp_path: Path) -> None:
     file = tmp_path / "overhead.json"
     done = command.run("overhead", "--preset", "tiny", "--backend", "bnb-nf4", "--rounds", "1", "--json", file)

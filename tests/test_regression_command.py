@@ -74,6 +74,7 @@ def test_nothing_comparable_is_exit_code_2_in_one_line(command: Command, tmp_pat
     base, new = saved(tmp_path / "base", [record("hqq")]), saved(tmp_path / "new", [record("awq")])
     line = command.refused("compare", base, new)
     assert "no run of NEW was asked the same as one of BASE (BASE: hqq; NEW: awq)" in line
+    assert "cannot be read: File name too long" in command.refused("compare", "x" * 300, new)
 
 
 def test_the_help_says_what_the_exit_codes_mean():

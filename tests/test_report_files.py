@@ -128,3 +128,4 @@ def test_what_cannot_be_watched_is_refused(command: Command, tmp_path: Path) -> 
     file = tmp_path / "file"
     file.touch()
     assert "is a file" in command.refused("watch", file)
+    assert "cannot be watched: file name too long" in command.refused("watch", "x" * 300)

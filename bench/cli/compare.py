@@ -12,7 +12,7 @@ import click
 
 from bench.cli.allow import allow_option
 from bench.cli.endings import EXIT_REGRESSION
-from bench.errors import BadValue, UserError
+from bench.errors import BadValue, BrokenFile, UserError
 
 if TYPE_CHECKING:
     from bench.judge.regression import Regression
@@ -93,7 +93,11 @@ def _records(path: Path) -> Iterator[Record]:
     from bench.record.store import Store, read_record
     from bench.record.triage import triages_below
 
-    if path.is_file():
+    try:
+        one = path.is_file()
+    except OSError as error:  # too long for a path
+        raise BrokenFile(f"'{path}' cannot be read: {error.strerror}") from None
+    if one:
         yield read_record(path)
         return
     # Which rungs and slices there are follows from what was found on the way, not from what was asked.

@@ -33,8 +33,7 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
     """
     from bench.show.terminal import say
 
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"'{folder}' is a file", "name the folder that a sweep writes to")
+    _refuse_what_is_no_folder(folder)
     # Started by a script in the background, it would ignore the signal that ends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     say(f"watching {folder}; Ctrl-C ends it")
@@ -51,6 +50,17 @@ def watch(folder: Path, allow: frozenset[str], every_seconds: float, open_page: 
     except KeyboardInterrupt:
         page = _written(folder, allow, refresh_seconds=None) if seen else None
         say(f"report: {page}" if page else "no records yet")
+
+
+def _refuse_what_is_no_folder(folder: Path) -> None:
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+    except OSError as error:  # too long for a path, or one that may not be looked at
+        problem = (error.strerror or str(error)).lower()
+        hint = "name the folder that a sweep writes to"
+        raise UserError(f"'{folder}' cannot be watched: {problem}", hint) from None
+    if is_file:
+        raise UserError(f"'{folder}' is a file", "name the folder that a sweep writes to")
 
 
 def _pause(seconds: float) -> None:

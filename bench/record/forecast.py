@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from pydantic import field_validator
+
 from bench.record.recorded import Bytes, Recorded, Seconds
 from bench.record.store import read_document
 from bench.record.writing import write_atomically
@@ -150,6 +152,17 @@ class Forecast(Recorded):
     """What the lines of the group "peak" are, by its name in a record's memory readings: resident memory of
     the process on a CPU; tensors in torch's allocator on CUDA, where lines named "..._reserved" hold what the
     allocator took. Null: nothing was measured."""
+
+    @field_validator("asked")
+    @classmethod
+    def _of_known_shape(cls, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Free in what it holds, but for the parts that are looked into when it is told in words."""
+        for name in ("workload", "lora"):
+            if not isinstance(asked.get(name, {}), Mapping):
+                raise ValueError(f"'{name}' must be a mapping of settings")
+        if not isinstance(asked.get("lora", {}).get("target_modules", []), list | tuple):
+            raise ValueError("'lora.target_modules' must be a list")
+        return asked
 
     @property
     def slice_keys(self) -> frozenset[str]:
