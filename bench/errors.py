@@ -19,6 +19,7 @@ from collections.abc import Iterable
 LONGEST_LINE = 1000
 """Characters of the line that a person reads; what is longer loses its middle."""
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SEPARATORS = re.compile(r"[\x1c-\x1f]")
 
 
 class UserError(Exception):
@@ -61,12 +62,17 @@ def printable(text: str) -> str:
 
     Whatever comes out of a file that anyone may have made goes through here before it is printed.
     """
-    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _UNPRINTABLE.sub(_spelt_out, text)
+
+
+def _spelt_out(found: re.Match[str]) -> str:
+    return ascii(found.group())[1:-1]
 
 
 def one_line(text: str) -> str:
     """``text`` as one printable line of at most `LONGEST_LINE` characters."""
-    line = printable(" ".join(text.split()))
+    # To `split` these four are space, and a name that has one would be shown as another.
+    line = printable(" ".join(_SEPARATORS.sub(_spelt_out, text).split()))
     if len(line) <= LONGEST_LINE:
         return line
     half = (LONGEST_LINE - 3) // 2

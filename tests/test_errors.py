@@ -40,3 +40,8 @@ def test_the_nearest_name_ignores_case_and_keeps_its_own():
 
 def test_nothing_is_near_to_the_empty_text():
     assert nearest("", ["hqq"]) is None
+
+
+def test_a_name_with_a_separator_is_shown_as_it_is():
+    """str.split takes these for space."""
+    assert str(UserError("'a\x1f b\x1c' is not there")) == r"'a\x1f b\x1c' is not there"
