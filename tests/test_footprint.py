@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = sorted((ROOT / "results" / "xeon-2-cores").rglob("*.record.json"))
 OF_A_CARD = sorted((ROOT / "results" / "h100-80gb").glob("*/*-bfloat16-*.record.json"))
 ADAM_STEP_BYTES = 4
-"""AdamW counts its steps in one float32 for each tensor. On a card that stays on the CPU, so that a plan leaves it
-out; in a run on a CPU it is among the optimizer's state."""
+"""AdamW counts its steps in one float32 for each tensor, in the host's memory also where a card trains, so that a
+plan leaves it out; a record counts it with the optimizer's state."""
 IDS = list(find_backends())
 
 

@@ -67,12 +67,15 @@ def compare(
     """
     from bench.judge.regression import find_regressions
     from bench.judge.regression_limits import load_limits
+    from bench.record.collector import collector_paused
 
     if as_json and markdown == STANDARD_OUTPUT:
         raise BadValue("--json and --markdown - both print to standard output", "give --markdown a file")
     limits = load_limits(thresholds)
-    regression = find_regressions(_runs(base), _runs(new), limits, allow)
-    _tell(regression, markdown, as_json=as_json, everything=everything)
+    # To its end: the first search afterwards would go through everything that is held.
+    with collector_paused():
+        regression = find_regressions(_runs(base), _runs(new), limits, allow)
+        _tell(regression, markdown, as_json=as_json, everything=everything)
     if regression.failed:
         sys.exit(EXIT_REGRESSION)
 

@@ -60,9 +60,9 @@ def compare(
     ``notes``: what is known of the set itself, to stand before all other warnings.
     Raises UserError where no completed run has it.
     """
-    read = list(records)
+    # From the reading on, where ``records`` are read one after another.
     with collector_paused():
-        return _compared(read, allow, baseline, notes)
+        return _compared(list(records), allow, baseline, notes)
 
 
 def _compared(

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bench.judge.rows import Row, make_row
-from bench.record.collector import collector_paused
 from bench.record.schema import Record
 
 SILENT = frozenset({"interrupted"})
@@ -44,9 +43,7 @@ class Run:
 
 def condense(records: Iterable[Record]) -> tuple[Run, ...]:
     """A run for each record, in the order of their start; ``records`` may come one at a time."""
-    with collector_paused():
-        found = [_run(record) for record in records]
-    return tuple(sorted(found, key=lambda run: (run.record.started_at, run.record.key)))
+    return tuple(sorted(map(_run, records), key=lambda run: (run.record.started_at, run.record.key)))
 
 
 def _run(record: Record) -> Run:

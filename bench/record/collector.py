@@ -13,13 +13,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Within it, nothing is searched for cycles; afterwards as before, but for what was there at its end."""
+    """Within it, nothing is searched for cycles; afterwards as before."""
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
-            # The first search would go through everything that was made here.
-            gc.freeze()
             gc.enable()
