@@ -49,6 +49,7 @@ def merged_proof(proofs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def merged_load(loads: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of the rank that took longest, and of the process that held most."""
     names = (
+        "kernel_seconds",
         "load_seconds",
         "attach_seconds",
         "host_peak_bytes",
