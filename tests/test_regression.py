@@ -249,6 +249,9 @@ def test_an_error_of_the_stored_weights_is_counted():
         return rounds(count=1, fidelity=fidelity(weight_errors=errors))
 
     assert failing(compared(with_error(0.09), with_error(0.092))) == {("hqq", "error of the stored weights")}
+    healed = finding(compared(with_error(math.nan), with_error(0.09)), "error of the stored weights")
+    assert (healed.result, healed.note) == ("better", "it was not finite")
+    assert failing(compared(with_error(0.09), with_error(math.nan))) == {("hqq", "error of the stored weights")}
 
 
 def test_the_lowest_headroom_may_fall_by_one_bit():
@@ -294,6 +297,25 @@ def test_a_first_loss_that_became_nan_is_a_regression_and_one_that_was_is_none()
     assert ("hqq", "first loss") in failing(compared(base, new))
     assert finding(compared(new, base), "first loss").result == "better"
     assert finding(compared(new, new), "first loss").result == "same"
+
+
+@pytest.mark.parametrize("after", [3.4, math.nan])
+def test_a_first_loss_that_healed_hides_no_regression_beside_it(after):
+    base = rounds(count=2, scatter=0)
+    new = [*each(base[:1], lambda one: with_first_loss(one, lambda _: 2.3)),
+           *each(base[1:], lambda one: with_first_loss(one, lambda _: after))]  # fmt: skip
+    base = [*each(base[:1], lambda one: with_first_loss(one, lambda _: math.nan)), base[1]]
+    assert ("hqq", "first loss") in failing(compared(base, new))
+
+
+def test_a_cosine_that_healed_hides_no_fall_beside_it():
+    def cosines(*values: float):
+        return [rounds(count=2, fidelity=fidelity(value))[repeat] for repeat, value in enumerate(values)]
+
+    title = "gradient cosine to the reference"
+    assert finding(compared(cosines(math.nan, 0.98), cosines(0.97, 0.9)), title).result == "worse"
+    assert finding(compared(cosines(math.nan, 0.98), cosines(0.97, 0.98)), title).result == "better"
+    assert finding(compared(cosines(0.98, 0.97), cosines(0.98, 0.999)), title).result == "better"
 
 
 def test_kernels_that_do_not_repeat_themselves_are_no_numeric_change_of_the_program():
@@ -345,6 +367,13 @@ def test_a_failure_that_base_shows_too_is_told_and_fails_nothing():
     base, new = [*rounds(count=4), crash], [*rounds(count=3), crash, crash]
     told = finding(compared(base, new), "outcome")
     assert told.result == "changed"
+
+
+def test_where_none_completes_any_more_it_is_a_regression_though_base_knew_the_failure():
+    crashes = [failed("hqq", "crashed", "train", "signal 11", repeat=repeat) for repeat in range(5)]
+    found = compared([*rounds(count=4), crashes[4]], crashes)
+    assert failing(found) == {("hqq", "outcome")}
+    assert "signal 11" in finding(found, "outcome").note
 
 
 def test_interrupted_runs_say_nothing_and_are_counted():
@@ -450,6 +479,27 @@ def test_what_was_asked_differently_may_be_allowed_too():
     assert finding(found, "step time, median").label == "hqq (attention=sdpa) [attention: sdpa -> eager]"
 
 
+def test_two_environments_of_packages_are_compared_as_two_versions_are():
+    found = compared(rounds(), rounds(ask={"environment": "legacy"}))
+    assert not found.failed
+    assert finding(found, "step time, median").label.endswith("[environment: current -> legacy]")
+    # Where both sides have both, each is compared with itself.
+    both = [*rounds(), *rounds(ask={"environment": "legacy"})]
+    labels = {one.label for one in compared(both, both).findings if one.title == "step time, median"}
+    assert labels == {"hqq (environment=current)", "hqq (environment=legacy)"}
+
+
+def test_step_times_with_the_reading_of_the_probes_in_them_are_other_figures():
+    def as_before(one):
+        return {"steps": tuple(made.model_copy(update={"watching_seconds": None}) for made in one.steps)}
+
+    new = each(rounds(), lambda one: {"steps": tuple(
+        made.model_copy(update={"watching_seconds": 0.001}) for made in one.steps
+    )})  # fmt: skip
+    with pytest.raises(UserError, match="reading of the probes within the time of a step: yes -> no"):
+        compared(each(new, as_before), new)
+
+
 def test_runs_of_two_machines_in_one_folder_are_compared_machine_by_machine():
     """BASE is slow on the one and NEW holds both: nothing is averaged over two machines."""
     here, there = rounds(count=3, seed=1), each(rounds(count=3, seed=2, times=9), inside("environment", cpu_threads=4))
@@ -514,6 +564,15 @@ def test_whether_gradients_were_compared_with_a_reference_is_no_part_of_the_ques
     found = compared(base, rounds(ask={"fidelity": False}))
     assert finding(found, "gradient cosine to the reference").note == "BASE recorded it and NEW did not"
     assert not found.failed
+
+
+def test_a_figure_of_other_weights_is_not_said_to_be_missing():
+    base = rounds(fidelity=fidelity())
+    new = each(base, inside("load", weights_digest=digest("another dtype")))
+    new = each(new, inside("quantization", effective_dtype="float16"))
+    told = finding(compared(base, new, allow={"dtype"}), "gradient cosine to the reference")
+    assert told.note == "no runs on equal data, adapters and weights"
+    assert len(told.new) == len(told.base) == 5
 
 
 # ---- what to keep in mind ----------------------------------------------------------------------------

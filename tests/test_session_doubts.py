@@ -83,6 +83,14 @@ def test_repeats_that_did_not_take_turns_with_the_baseline_are_told() -> None:
     assert not told(odd, "not in turns")
 
 
+def test_a_time_without_a_zone_is_set_beside_one_that_has_it() -> None:
+    plain = [one.model_copy(update={"started_at": f"2026-10-01T12:0{one.request.repeat}:00"})
+             for one in session(2, backends=2)]  # fmt: skip
+    mixed = [one.model_copy(update={"started_at": one.started_at + "+00:00"}) if one.request.backend == "bf16" else one
+             for one in plain]  # fmt: skip
+    assert told(mixed, "not in turns") == []
+
+
 def test_steps_of_two_kinds_are_told_with_both_times() -> None:
     turns = (*steps("hqq")[:2], *(step(i, seconds=0.3 + 0.1 * (i % 2) + 0.0001 * i) for i in range(2, 10)))
     (warning,) = told([record("hqq", steps=turns)], "of two kinds")

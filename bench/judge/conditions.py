@@ -143,6 +143,9 @@ ELSEWHERE = {
 COVERED = {"workload.data"}
 """Settings that say nothing more: one file has several paths, and one digest."""
 
+WATCHING = Check("reading of the probes within the time of a step", "trace", "watching_in_step_seconds")
+"""The one condition that stands in the steps."""
+
 CHECKS = (
     Check("token ids, labels and masks (digest)", "data", "workload.digest", same_repeat, NOT_RECORDED),
     Check("initial LoRA values (digest)", "lora", "lora.initial_digest", same_repeat),
@@ -181,7 +184,7 @@ CHECKS = (
     Check("layers rescaled by --stress", "stress", "request.stress"),
     # Step times have the hooks in them.
     Check("every operation watched (--trace)", "trace", "request.trace"),
-    Check("reading of the probes within the time of a step", "trace", "watching_in_step_seconds"),
+    WATCHING,
     Check("harness commit", "commit", "environment.commit", null="outside a checkout"),
     Check("qlora-bench version", "commit", "environment.versions.qlora-bench", null=NOT_INSTALLED),
     Check(ENVIRONMENT, "versions", "request.environment"),

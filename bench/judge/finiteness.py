@@ -62,6 +62,8 @@ def judge_finiteness(record: Record) -> Finiteness:
         first = record.steps[-skips].index
         reason = f"the scaler skipped the last {skips} steps: lowering the scale to 1 did not help"
         return Finiteness(False, "skipped", reason, first, _module(record, first))
+    if count == 0:
+        return Finiteness(None, "unsettled", "no step was recorded")
     if skips == count:
         return Finiteness(None, "unsettled", f"the scaler skipped all {skips} steps and was still searching")
     return Finiteness(True, "finite", f"all losses and updates of {count} steps are finite")

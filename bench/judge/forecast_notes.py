@@ -59,9 +59,9 @@ def failures_of(repeats: Sequence[Repeat]) -> Iterable[str]:
 def _first_losses(repeat: Repeat, depth: int) -> tuple[float | None, float | None]:
     """Of the first step: in the run of that depth, and in the turns."""
     record, times = repeat.records.get(depth), repeat.times
-    if record is None or not record.steps or times is None or not times.losses.get(depth):
+    losses = record.steps[0].losses if record is not None and record.steps else ()
+    if not losses or times is None or not times.losses.get(depth):
         return None, None
-    losses = record.steps[0].losses
     return sum(losses) / len(losses), times.losses[depth][0]
 
 

@@ -30,6 +30,8 @@ NOT_ASKED: Mapping[str, Any] = {
 }
 """Parts of a request that are no part of the question; the model's fingerprint and the data's digest are. The
 gradient is compared with a reference's after the training, of which it changes nothing."""
+COMPARED = frozenset({"versions", "commit"})
+"""Families of conditions that BASE and NEW may always differ in."""
 ASKED_FOR_FAMILY: Mapping[str, tuple[str, ...]] = {
     "dtype": ("dtype",),
     "attention": ("attention",),
@@ -65,7 +67,7 @@ def sort_by_ask(
     """The asks in the order in which they were run, and the options that only one side's backends have.
 
     An option that the harness of one side does not know cannot have been asked of it: runs are paired without
-    it, and the difference is told. ``allow``: families of conditions that may differ.
+    it, and the difference is told. ``allow``: families of conditions that may differ beside `COMPARED`.
     """
     one_sided = dict(_one_sided_options(base, new))
     models: dict[tuple[object, ...], ModelRequest] = {}
@@ -85,9 +87,8 @@ def sort_by_ask(
         key: Ask(label, tuple(b), tuple(n))
         for (key, (_, _, b, n)), label in zip(entries.items(), labels, strict=True)
     }
-    if allow:
-        questions = {key: entry[0] for key, entry in entries.items()}
-        asks = _joined(asks, questions, _asked_for(allow))
+    questions = {key: entry[0] for key, entry in entries.items()}
+    asks = _joined(asks, questions, _asked_for({*allow, *COMPARED}))
     told = (
         Difference(f"option {backend}.{name}", *sides)
         for backend, options in one_sided.items()

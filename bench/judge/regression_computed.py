@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.judge.regression_counted import OFF, Exact, called, quotient, unrecorded
+from bench.judge.regression_counted import HEALED, OFF, Exact, called, quotient, unrecorded
 from bench.judge.regression_findings import Finding, Result
 from bench.judge.regression_limits import Limits
 from bench.judge.regression_pairs import Match
@@ -40,13 +40,13 @@ def _first_loss(match: Match, limit: float | None) -> Iterator[Finding]:
     twins = list(_twins(match, FIRST_LOSS.read))
     if not twins:
         return
-    worst = max(twins, key=lambda twin: _distance(quotient(twin.new, twin.base)))
+    worst = min(twins, key=lambda twin: (twin.harmless, -_distance(quotient(twin.new, twin.base))))
     factor = quotient(worst.new, worst.base)
     result: Result
     if worst.equal:
         result, note = "same", BIT_EQUAL
     elif worst.healed:
-        result, note = "better", "it was not finite"
+        result, note = "better", HEALED
     else:
         # Equal medians of unequal runs are a change too.
         result = "changed" if factor == 1 else called(factor, limit, either=True)
@@ -71,9 +71,9 @@ def _fallen(match: Match, what: Exact, limit: float | None) -> Iterator[Finding]
         return
     twins = list(_twins(match, what.read))
     if not twins:
-        yield unrecorded(match.label, what, base)
+        yield unrecorded(match.label, what, base, new)
         return
-    worst = min(twins, key=_rise)
+    worst = min(twins, key=lambda twin: (twin.harmless, _rise(twin)))
     change = worst.new - worst.base
     result: Result
     if worst.equal:
@@ -91,8 +91,8 @@ def _fallen(match: Match, what: Exact, limit: float | None) -> Iterator[Finding]
 
 
 def _rise(twin: _Twin) -> float:
-    """NEW less BASE; equal ones did not rise, and any other change that is no number is the worst."""
-    change = 0.0 if twin.equal else twin.new - twin.base
+    """NEW less BASE; a change that is no number is the worst."""
+    change = twin.new - twin.base
     return -math.inf if math.isnan(change) else change
 
 
@@ -115,6 +115,12 @@ class _Twin:
     def healed(self) -> bool:
         """Whether it was not finite and is now."""
         return not math.isfinite(self.base) and math.isfinite(self.new)
+
+    @property
+    def harmless(self) -> int:
+        """Whether nothing bad can be in it, as a rank: what healed, and last what is equal, must not stand
+        before a change for the worse."""
+        return 2 if self.equal else 1 if self.healed else 0
 
 
 def _twins(match: Match, read: Callable[[Run], float | None]) -> Iterator[_Twin]:

@@ -15,6 +15,7 @@ from bench.record.memory import BytesByKind
 
 KINDS = tuple(name for name in BytesByKind.model_fields if name not in ("device", "rank"))
 OFF = "not judged: its limit is off"
+HEALED = "it was not finite"
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,18 @@ def _finding(match: Match, what: Exact, limit: float | None) -> Iterator[Finding
         yield unrecorded(match.label, what, base)
         return
     factor = quotient(now, old)
-    result = called(factor, limit)
+    healed = not math.isfinite(old) and math.isfinite(now)
+    result: Result = "better" if healed else called(factor, limit)
     yield Finding(
         match.label, what.key, what.title, result, what.unit, base, new, factor=factor, limit=limit,
-        beyond=result == "worse", note=OFF if limit is None else "",
+        beyond=result == "worse", note=HEALED if healed else OFF if limit is None else "",
     )  # fmt: skip
 
 
-def unrecorded(label: str, what: Exact, base: tuple[float, ...]) -> Finding:
-    """The finding on a figure that NEW does not have."""
-    note = "BASE recorded it and NEW did not"
-    return Finding(label, what.key, what.title, "untold", what.unit, base, note=note)
+def unrecorded(label: str, what: Exact, base: tuple[float, ...], new: tuple[float, ...] = ()) -> Finding:
+    """The finding on a figure that NEW does not have, or not of the same data, adapters and weights."""
+    note = "no runs on equal data, adapters and weights" if new else "BASE recorded it and NEW did not"
+    return Finding(label, what.key, what.title, "untold", what.unit, base, new, note=note)
 
 
 def quotient(now: float, old: float) -> float:

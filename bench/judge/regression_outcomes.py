@@ -63,12 +63,12 @@ def _lost(label: str, base: str, limits: Limits, *, had: bool) -> Finding:
 
 
 def _changed_outcome(base: Sequence[Run], new: Sequence[Run], gate: Gate) -> Result:
-    """Worse: a way to end that BASE does not know, and fewer runs that complete."""
+    """Worse: fewer runs that complete, and a way to end that BASE does not know or none that completes."""
     old, now = _statuses(base), _statuses(new)
     before, after = old["completed"] / old.total(), now["completed"] / now.total()
     if after > before:
         return "better"
-    if after < before and now.keys() - old.keys():
+    if after < before and (now.keys() - old.keys() or not now["completed"]):
         return "worse" if gate == "fail" else "changed"
     return "same" if old.keys() == now.keys() and after == before else "changed"
 

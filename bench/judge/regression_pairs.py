@@ -12,12 +12,9 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bench.judge.conditions import CHECKS, Check
-from bench.judge.regression_asks import Ask, Difference
+from bench.judge.regression_asks import COMPARED, Ask, Difference
 from bench.judge.regression_runs import Run
 from bench.judge.values import short
-
-COMPARED = frozenset({"versions", "commit"})
-"""Families of conditions that BASE and NEW may always differ in."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from bench.judge.conditions import WATCHING
 from bench.judge.rows import Row, make_row
 from bench.record.schema import Record
 
 SILENT = frozenset({"interrupted"})
 """Outcomes that say nothing about the run."""
 HEAVY = {"steps": (), "replay": None, "fidelity": None, "stderr_tail": None, "preflight": None}
-"""Parts of a record that no figure is read from once its row is made, and what takes their place."""
+"""Parts of a record that no figure is read from once its row is made, and what takes their place. The one
+condition that stands in the steps (`WATCHING`) is read before they go."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +56,11 @@ def _run(record: Record) -> Run:
         reserved = last.peak_reserved_bytes
         memory = last.resident_bytes if reserved is None else reserved
     errors = [error.relative_error for error in record.fidelity.weight_errors] if record.fidelity else []
+    watching = WATCHING.read(row)
     lora = record.lora.model_copy(update={"names": ()}) if record.lora else None
     light = record.model_copy(update={**HEAVY, "lora": lora})
     return Run(
-        row=replace(row, record=light, headroom=None, words={}),
+        row=replace(row, record=light, headroom=None, words={WATCHING.path: watching}),
         last_step_bytes=memory,
         weight_error=sum(errors) / len(errors) if errors else None,
     )

@@ -7,7 +7,7 @@ drifted, was busy with something else or throttled its cards, steps of two kinds
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 from bench.judge.groups import Group
 from bench.judge.intervals import NOISE_MARGIN, Ratio, differs, paired_ratio
@@ -97,9 +97,11 @@ def _span(rows: Sequence[Row]) -> tuple[datetime, datetime] | None:
         return None
     try:
         times = [datetime.fromisoformat(row.record.started_at) for row in rows]
-        return min(times), max(times)
-    except (ValueError, TypeError):  # TypeError: one with a time zone and one without
+    except ValueError:
         return None
+    # A time without a zone cannot be set beside one that has it.
+    aware = [time if time.tzinfo else time.replace(tzinfo=UTC) for time in times]
+    return min(aware), max(aware)
 
 
 def _of_others(completed: Sequence[Row]) -> Iterator[str]:

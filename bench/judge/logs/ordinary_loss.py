@@ -64,7 +64,8 @@ def ordinary_loss(windows: Sequence[LoggedWindow], said: float | None) -> Ordina
     assumed = f"assumed: fewer than {SCATTER_NEEDS} windows before it to measure a scatter from"
     measured = len(usable) >= SCATTER_NEEDS
     if measured:
-        squares = [math.log(after.loss / before.loss) ** 2 for before, after in itertools.pairwise(usable)]
+        logs = [math.log(window.loss) for window in usable]
+        squares = [(after - before) ** 2 for before, after in itertools.pairwise(logs)]
         hidden = max(window.loss_rounding / window.loss for window in usable)
         scatter = math.hypot(math.sqrt(statistics.fmean(squares)), hidden)
         scatter_from = f"measured between the {len(usable)} windows before"
