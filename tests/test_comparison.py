@@ -396,6 +396,13 @@ def test_doubtful_figures_are_warned_about_with_what_to_do(made, words):
     assert any(words in warning for warning in compare([made]).warnings)
 
 
+def test_what_the_load_left_is_no_later_step():
+    first = step(0, peak_reserved_bytes=2**50, warmup=True)
+    (warning,) = compare([record("hqq", steps=(first, *steps("hqq")[1:]))]).warnings
+    assert warning.startswith("hqq: step 0 reserved")
+    assert "the load may have left the rest" in warning
+
+
 def test_a_clean_comparison_has_no_warnings():
     assert compare([record("bf16"), record("hqq")]).warnings == ()
 

@@ -95,6 +95,47 @@ def test_repeats_that_overlap_are_told_as_level() -> None:
     assert "Each ran once" not in text.sentence
 
 
+def test_the_first_is_first_within_the_repeats_that_both_completed() -> None:
+    """The machine became faster, and the faster backend has the early repeats only."""
+    drifting = repeated("bnb-nf4", [0.43, 0.43, 0.30, 0.30, 0.30], [8.0] * 5)
+    faster = repeated("hqq", [0.375, 0.375], [8.0] * 2)
+    decision = decide(compare([*repeated("bf16", [0.30, 0.30, 0.2, 0.2, 0.2], [9.0] * 5), *drifting, *faster]))
+    assert decision is not None
+    assert [one.label for one in decision.leaders[SPEED]] == ["hqq"]
+
+
+def test_level_with_the_first_and_worse_than_another_is_no_leader() -> None:
+    """The first scatters, so that all are level with it; the two others differ surely from each other."""
+    scattered = repeated("eetq", [0.25, 0.25, 0.36], [8.0] * 3)
+    faster = repeated("bnb-nf4", [0.300, 0.300, 0.301], [8.0] * 3)
+    slower = repeated("hqq", [0.330, 0.331, 0.330], [8.0] * 3)
+    decision = decide(compare([*scattered, *faster, *slower]))
+    assert decision is not None
+    assert [one.label for one in decision.leaders[SPEED]] == ["eetq", "bnb-nf4"]
+    text = told([*scattered, *faster, *slower])
+    (hqq,) = [line for line in text.others if line.startswith("hqq")]
+    assert "fewer tokens/s" in hqq
+    assert "than bnb-nf4" in hqq
+    assert "hqq" not in text.sentence
+
+
+def test_a_loss_of_nan_is_no_choice_though_synthetic_weights_are_not_judged() -> None:
+    dead = with_figures("awq", seconds=0.1, peak_gib=2.0, weights="synthetic")
+    steps = tuple(step.model_copy(update={"losses": (math.nan,)}) for step in dead.steps)
+    dead = dead.model_copy(update={"steps": steps})
+    others = [with_figures(name, seconds=0.3, peak_gib=8.0, weights="synthetic") for name in ("hqq", "bnb-nf4")]
+    found = compare([dead, *others])
+    text = decision_of(found)
+    assert text is not None
+    assert "awq" not in text.sentence
+    assert "awq: the loss is NaN at step 0" in text.out
+    (alone,) = [decision_of(compare([dead]))]
+    assert alone is not None
+    assert alone.lead == "None of the quantized backends trained soundly here."
+    (pareto,) = [plot for plot in plots(found) if plot.name == "pareto"]
+    assert "Crossed out, because their training broke: awq (non finite)" in pareto.alternative
+
+
 def test_repeats_that_agree_tell_small_differences_apart_with_their_interval() -> None:
     fast = repeated("bnb-nf4", [0.300, 0.301, 0.300], [9.0, 9.0, 9.0])
     slow = repeated("hqq", [0.312, 0.312, 0.313], [8.0, 8.0, 8.0])

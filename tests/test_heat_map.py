@@ -49,6 +49,16 @@ def test_there_is_a_map_for_each_direction_said_in_words():
         ElementTree.fromstring(plot.standalone.split("?>", 1)[1].strip())
 
 
+def test_panels_of_another_depth_have_an_axis_of_their_own():
+    def axes(*depths):
+        made = (in_float16(name, layers) for name, layers in zip(("bf16", "hqq", "eetq"), depths, strict=True))
+        return maps(*made)["headroom-forward"].svg.count(">decoder layer<")
+
+    assert axes(LAYERS, LAYERS, LAYERS) == 1
+    assert axes(LAYERS, LAYERS, 2 * LAYERS) == 2
+    assert axes(LAYERS, 2 * LAYERS, LAYERS) == 3
+
+
 def test_equal_neighbours_are_one_rectangle():
     level = {f"step_{i}": probe(i, activation_abs_max=(10_000.0,) * LAYERS) for i in range(8)}
     svg = maps(in_float16(**level))["headroom-forward"].svg

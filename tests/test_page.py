@@ -8,6 +8,7 @@ import pytest
 from bench.errors import BrokenFile
 from bench.judge.comparison import compare
 from bench.record.schema import Proof
+from bench.record.stability import WeightError
 from bench.record.triage import save_triage
 from bench.show.columns import COLUMNS, MISSING, sections
 from bench.show.page import headline, page
@@ -232,6 +233,16 @@ def test_a_comparison_that_failed_says_why_and_shows_no_number():
     assert "it does not fit" in text
     assert "<svg" not in text
     assert "0.0" not in text
+
+
+def test_runs_with_other_projections_stand_in_one_table():
+    def of(name):
+        error = WeightError(projection=name, relative_error=0.09, worst_module="a", worst_relative_error=0.1)
+        return fidelity(weight_errors=(error,))
+
+    text = page(compare([record("bf16", fidelity=of("qkv_proj")), record("hqq", fidelity=of("q_proj"))]))
+    table = part(text, "Fidelity of the gradient")
+    assert "qkv_proj" in table and "q_proj" in table
 
 
 def test_runs_of_a_bisection_are_one_line_of_the_margins():

@@ -135,6 +135,13 @@ def test_a_run_with_no_value_that_has_a_place_is_still_drawn(value):
     assert "gradient-norm" in named(compare([made]))
 
 
+@pytest.mark.parametrize(("value", "told"), [(0.0, "0"), (math.inf, "Infinity"), (math.nan, "NaN")])
+def test_the_ends_of_repeated_runs_are_told_as_they_are(value, told):
+    made = [record("hqq", repeat=repeat, steps=tuple(step(index, gradient_norm=value) for index in range(8)))
+            for repeat in range(3)]  # fmt: skip
+    assert f"hqq, 3 runs, from {told} to {told}" in named(compare(made))["gradient-norm"].alternative
+
+
 def test_a_figure_without_data_is_not_drawn():
     assert plots(compare([failed("hqq", "unavailable", "load", "x")])) == ()
     assert plots(compare([])) == ()

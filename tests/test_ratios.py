@@ -176,6 +176,18 @@ def test_each_group_has_its_own_table_and_baseline() -> None:
         "Ratios to bf16 (group 1)", "Ratios to awq (group 2)"]  # fmt: skip
 
 
+@pytest.mark.parametrize("label", ['=HYPERLINK("http://evil.invalid")', "[/]", "[v2]"])
+def test_a_label_is_no_formula_and_no_markup_of_the_terminal(label: str) -> None:
+    asked = [one.request.model_copy(update={"backend": label}) for one in repeated(3) if one.request.backend == "bf16"]
+    made = [one.model_copy(update={"request": request, "key": f"{label}{request.repeat}"})
+            for one, request in zip([one for one in repeated(3) if one.request.backend == "bf16"], asked, strict=True)]  # fmt: skip
+    found = compare([*made, *(one for one in repeated(3) if one.request.backend == "hqq")], baseline=label)
+    cells = [cell for line in csv.reader(io.StringIO(figures_csv(found))) for cell in line]
+    assert not [cell for cell in cells if cell.startswith("=")]
+    assert label in cells or f"'{label}" in cells
+    assert f"Ratios to {label}" in drawn(found, 160)
+
+
 def test_nothing_that_a_record_holds_becomes_markup() -> None:
     evil = "<script>x</script>|**y**"
     records = []

@@ -93,6 +93,7 @@ def test_markdown_is_not_broken_by_what_a_message_holds():
     text = markdown(mixed())
     assert "\\| \\[red\\]" in text
     assert escaped("a|b\n<script>`x`") == "a\\|b &lt;script&gt;\\`x\\`"
+    assert escaped("Foo.__init__() in up_proj, ~~not~~ _so_") == r"Foo.\_\_init\_\_() in up_proj, \~\~not\~\~ \_so\_"
 
 
 def table_below(text, title):

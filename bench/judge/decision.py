@@ -9,7 +9,7 @@ hold: two backends differ *surely* where the interval of their paired ratio lies
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +17,6 @@ from bench.ask.reference import REFERENCE_BACKEND
 from bench.judge.comparison import Comparison
 from bench.judge.groups import FIGURES, Group, Summary
 from bench.judge.intervals import NOISE_MARGIN, Interval, Ratio, differs, paired_ratio
-from bench.judge.stability import BAD
 
 MEMORY, SPEED = "peak_memory_bytes", "tokens_per_second"
 WEIGHED = (MEMORY, SPEED)
@@ -36,6 +35,8 @@ class Difference:
     """Whether it is the better one; None: they cannot be told apart."""
     certainty: Certainty | None
     """None: they cannot be told apart."""
+    other: str = ""
+    """Label of the other one."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Candidate:
 
     summary: Summary
     differences: Mapping[str, Difference]
-    """Weighed figure -> beside the one that leads in it; a figure that either lacks is absent."""
+    """Weighed figure -> beside the one that leads in it, or beside another leader that is better where the
+    first cannot be told from it; a figure that either lacks is absent."""
 
     @property
     def label(self) -> str:
@@ -57,7 +59,7 @@ class Decision:
     """Who leads, and how the others stand to them."""
 
     leaders: Mapping[str, tuple[Candidate, ...]]
-    """Weighed figure -> the first of it, then everyone who cannot be told apart from the first."""
+    """Weighed figure -> the first of it, then everyone who cannot be told apart from any of them."""
     candidates: tuple[Candidate, ...]
     """In the order of the comparison."""
     broken: tuple[Summary, ...]
@@ -85,16 +87,17 @@ def decide(comparison: Comparison) -> Decision | None:
         return None
     group = comparison.groups[0]
     quantized = [one for one in group.summaries if not is_reference(one)]
-    sound = [one for one in quantized if one.verdict.verdict not in BAD]
+    sound = [one for one in quantized if one.sound]
     if not quantized:
         return None
     first = {field: lead for field in WEIGHED if (lead := _first(sound, field)) is not None}
-    candidates = tuple(Candidate(one, _differences(one, first)) for one in sound)
-    leaders = {field: _leaders(candidates, field, lead) for field, lead in first.items()}
+    level = {field: _level(sound, field, lead) for field, lead in first.items()}
+    candidates = tuple(Candidate(one, _differences(one, first, level, sound)) for one in sound)
+    by_label = {one.label: one for one in candidates}
     return Decision(
-        leaders=leaders,
+        leaders={field: tuple(by_label[label] for label in labels) for field, labels in level.items()},
         candidates=candidates,
-        broken=tuple(one for one in quantized if one.verdict.verdict in BAD),
+        broken=tuple(one for one in quantized if not one.sound),
         reference=_reference(group, first),
     )
 
@@ -118,7 +121,7 @@ def beside(one: Summary, other: Summary, field: str) -> Difference | None:
         side = differs(replace(ratio, interval=Interval(ratio.estimate, ratio.estimate)), NOISE_MARGIN)
         certainty = "as measured" if side else None
     better = None if side is None else (side == "lower") == (FIGURES[field] == "lowest")
-    return Difference(ratio, better, certainty)
+    return Difference(ratio, better, certainty, other.label)
 
 
 def dominated(group: Group) -> dict[str, str]:
@@ -127,7 +130,7 @@ def dominated(group: Group) -> dict[str, str]:
     What broke dominates nothing. Of several that dominate, one is named that nobody dominates, if there is
     one: they can be as in a ring, for "level" does not carry over.
     """
-    sound = [one for one in group.summaries if one.verdict.verdict not in BAD]
+    sound = [one for one in group.summaries if one.sound]
     by = {
         one.label: [other.label for other in sound if other is not one and _dominates(other, one)]
         for one in group.summaries
@@ -144,27 +147,56 @@ def _dominates(one: Summary, other: Summary) -> bool:
     return False not in better and True in better
 
 
-def _differences(one: Summary, first: Mapping[str, Summary]) -> dict[str, Difference]:
-    found = {field: beside(one, lead, field) for field, lead in first.items()}
-    return {field: difference for field, difference in found.items() if difference is not None}
+def _differences(
+    one: Summary,
+    first: Mapping[str, Summary],
+    level: Mapping[str, Collection[str]] = {},
+    sound: Sequence[Summary] = (),
+) -> dict[str, Difference]:
+    """Beside the first of each figure. Who cannot be told from it and is no leader is worse than another, a
+    leader if possible, and stands beside that one."""
+    found: dict[str, Difference] = {}
+    for field, lead in first.items():
+        told = beside(one, lead, field)
+        if told is None:
+            continue
+        leaders = level.get(field, (one.label,))
+        if told.better is None and one.label not in leaders:
+            others = sorted(sound, key=lambda other: other.label not in leaders)
+            pairs = (beside(one, other, field) for other in others)
+            told = next((pair for pair in pairs if pair and pair.better is False), told)
+        found[field] = told
+    return found
 
 
 def _first(summaries: Sequence[Summary], field: str) -> Summary | None:
-    """The one with the best median."""
+    """The one with the best median, unless another is better within the repeats that both completed: where
+    the machine drifted and one of them has fewer repeats, medians are of different times."""
     medians = {one.label: one.figures[field].median for one in summaries if field in one.figures}
     known = [one for one in summaries if math.isfinite(medians.get(one.label, math.nan))]
     pick = min if FIGURES[field] == "lowest" else max
-    return pick(known, key=lambda one: medians[one.label]) if known else None
+    if not known:
+        return None
+    lead = pick(known, key=lambda one: medians[one.label])
+    for _ in known:  # at most so often: they can be as in a ring
+        better = [one for one in known if (pair := beside(one, lead, field)) and pair.better]
+        if not better:
+            break
+        lead = pick(better, key=lambda one: medians[one.label])
+    return lead
 
 
-def _leaders(candidates: Sequence[Candidate], field: str, lead: Summary) -> tuple[Candidate, ...]:
-    """The first, then those that are not worse."""
-    level = [
-        one
-        for one in candidates
-        if field in one.differences and one.differences[field].better is not False
-    ]
-    return tuple(sorted(level, key=lambda one: one.summary is not lead))
+def _is_worse(one: Summary, other: Summary, field: str) -> bool:
+    pair = beside(one, other, field)
+    return pair is not None and pair.better is False
+
+
+def _level(summaries: Sequence[Summary], field: str, lead: Summary) -> list[str]:
+    """Labels of the first, then of those that are worse neither than it nor than another of those: "level"
+    does not carry over, and a first whose runs scatter is level with many."""
+    near = [one for one in summaries if (pair := beside(one, lead, field)) and pair.better is not False]
+    kept = [one for one in near if one is lead or not any(_is_worse(one, other, field) for other in near)]
+    return sorted((one.label for one in kept), key=lambda label: label != lead.label)
 
 
 def _by_repeat(summary: Summary, field: str) -> dict[int, float]:

@@ -147,11 +147,14 @@ def _of_a_run(row: Row) -> Iterator[str]:
             "Use --dtype bfloat16 where the backend takes it."
         )
     yield from _of_the_probes(row)
-    later, peak = row.steps_peak_reserved_bytes, row.peak_memory_bytes
-    if later is not None and peak is not None and later > peak:
+    highest, peak = row.steps_peak_reserved_bytes, row.peak_memory_bytes
+    if highest is not None and peak is not None and highest > peak:
+        step = next(step for step in row.record.steps if step.peak_reserved_bytes == highest)
         yield (
-            f"a later step reserved {later / 2**30:.2f} GiB, more than the {peak / 2**30:.2f} GiB of the "
-            "step whose phases were read. Leave room for the higher figure."
+            f"step {step.index} reserved {highest / 2**30:.2f} GiB, more than the {peak / 2**30:.2f} GiB "
+            "of the step whose phases were read, which is the peak that is compared"
+            + (" (the load may have left the rest). " if step.index == 0 else ". ")
+            + "Leave room for the higher figure."
         )
 
 

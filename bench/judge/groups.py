@@ -15,7 +15,9 @@ from bench.judge.alike import Difference, find_alike
 from bench.judge.intervals import NOISE_MARGIN
 from bench.judge.ranking import Ranking, Standing, choose_baseline, rank_figure
 from bench.judge.rows import Row, median
-from bench.judge.stability import GRAVITY, Verdict
+from bench.judge.scaler import failing_steps
+from bench.judge.stability import BAD, GRAVITY, Verdict
+from bench.record.schema import Step
 
 FIGURES: Mapping[str, Literal["lowest", "highest"] | None] = {
     "storage_bits_per_weight": "lowest",
@@ -54,6 +56,17 @@ class Summary:
     """Row field -> its spread; a field that no run has is absent."""
     verdict: Verdict
     """The gravest of the runs."""
+
+    @property
+    def failing_step(self) -> Step | None:
+        """The first step of any run that was not finite, in earnest, whatever the verdict: synthetic weights
+        leave that open, and a loss of NaN trains nothing with any weights."""
+        return next((step for row in self.rows for step in failing_steps(row.record.steps)), None)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is known to have broken the training."""
+        return self.verdict.verdict not in BAD and self.failing_step is None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from bench.judge.comparison import Comparison
 from bench.judge.decision import MEMORY, SPEED, WEIGHED, Candidate, Decision, Difference, decide, is_reference
 from bench.judge.groups import Summary
 from bench.judge.rows import Row
+from bench.judge.scaler import what_is_not_finite
 from bench.judge.stability import BAD
 from bench.show.columns import gib, number, outcome, words
 from bench.show.page_top import count
@@ -147,7 +148,10 @@ def _standing(one: Candidate, decision: Decision) -> str:
             parts.append(LEADS[field])
         else:
             level = f"level in {'memory' if field == MEMORY else 'speed'}"
-            parts.append(_amount(difference, field) if difference.better is False else level)
+            # What is not said to be beside another is beside the first.
+            first = decision.leaders[field][0].label
+            than = "" if difference.other == first else f" than {difference.other}"
+            parts.append(_amount(difference, field) + than if difference.better is False else level)
     return f"{one.label}: {', '.join(parts)}; {words(one.summary.verdict.verdict)}"
 
 
@@ -194,6 +198,8 @@ def _listed(ones: Sequence[Candidate]) -> str:
 
 
 def _broken(summary: Summary) -> str:
+    if summary.verdict.verdict not in BAD and (step := summary.failing_step) is not None:
+        return f"{summary.label}: {what_is_not_finite(step)} at step {step.index}"
     failure = next((f for row in summary.rows if (f := row.record.first_failure) is not None), None)
     where = "" if failure is None else f" at step {failure.step}" + (
         f" in {failure.module}" if failure.module else ""
@@ -211,7 +217,7 @@ def _apart(comparison: Comparison) -> Iterator[str]:
             continue
         why = [f"{one.name} {one.here} instead of {one.there}" for one in group.differences[:NAMED]]
         for one in group.summaries:
-            if one.verdict.verdict in BAD and not is_reference(one):
+            if not one.sound and not is_reference(one):
                 yield _broken(one)
             elif not is_reference(one):
                 yield f"{one.label}: stands apart ({'; '.join(why) or 'no repeat in common'})"

@@ -13,6 +13,7 @@ from bench.judge.comparison import Comparison
 from bench.judge.intervals import LEVEL
 from bench.judge.ranking import Standing
 from bench.judge.scaler import spelt
+from bench.show.tables import cell_text
 
 COLUMNS = (
     "group", "label", "figure", "runs", "median", "lowest", "highest", "baseline", "pairs", "ratio",
@@ -50,4 +51,6 @@ def _raw(value: object) -> str | None:
         return spelt(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, str):
+        return cell_text(value)
     return None if value is None else repr(value) if isinstance(value, float) else str(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from bench.judge.headroom import Direction, Headroom
 from bench.judge.rows import Row
@@ -29,6 +30,7 @@ WIDTH = 460.0
 LEFT = 30.0
 ROW_HEIGHT = 8.0
 NAME_HEIGHT = 22.0
+AXIS_HEIGHT = 36.0
 TITLES: Mapping[Direction, str] = {
     "forward": "Headroom of activations, forward",
     "backward": "Headroom of gradients, backward",
@@ -63,14 +65,17 @@ def _figure(direction: Direction, panels: Sequence[Panel], words: str) -> Plot:
         "</defs>"
     ]
     top = 0.0
-    for panel in panels:
+    for panel, following in zip_longest(panels, panels[1:]):
         top += NAME_HEIGHT
         parts.append(f"<g {owned(panel.label)}>")
         parts.append(_text(LEFT, top - 6, elided(panel.name, LONGEST_IN_LEGEND), size=11))
         parts += _map(panel, top, name)
         parts.append("</g>")
         top += ROW_HEIGHT * len(panel.rows)
-    parts += _axis(panels[-1], top)
+        # Each is as wide as the figure, whatever its depth: one axis is true of those of one depth.
+        if following is None or following.layers != panel.layers:
+            parts += _axis(panel, top)
+            top += 0 if following is None else AXIS_HEIGHT
     parts += _legend(top + 46, name)
     return hand_drawn("".join(parts), (WIDTH, top + 88), name, TITLES[direction], words)
 

@@ -129,8 +129,13 @@ def _doubt(group: Group, field: str, leader: str, runner_up: str) -> str:
 
 def _with_verdict(summary: Summary) -> str:
     """A backend whose training broke is no choice, however small or fast: its name never stands alone."""
+    return summary.label if summary.sound else f"{summary.label} ({fault_in_words(summary)})"
+
+
+def fault_in_words(summary: Summary) -> str:
+    """What broke a training that is not sound, in a word or two."""
     verdict = summary.verdict.verdict
-    return f"{summary.label} ({words(verdict)})" if verdict in BAD else summary.label
+    return words(verdict) if verdict in BAD else words("non_finite")
 
 
 def went_wrong(comparison: Comparison) -> Tile:

@@ -15,10 +15,11 @@ from typing import Any
 from bench.judge.comparison import Comparison
 from bench.judge.decision import MEMORY, SPEED, dominated
 from bench.judge.groups import Group, Spread
-from bench.judge.stability import BAD, VerdictName
-from bench.show.columns import GIB, gib, number, words
+from bench.judge.stability import VerdictName
+from bench.show.columns import GIB, gib, number
 from bench.show.drawing import INK, Plot, finish, height_with_legend, legend_below, new_figure
 from bench.show.owners import owner_id
+from bench.show.page_top import fault_in_words
 from bench.show.selection import KINDS_DRAWN
 from bench.show.styles import Style, assign_styles
 
@@ -35,6 +36,8 @@ class Point:
     speed: Spread
     verdict: VerdictName
     beaten_by: str | None
+    fault: str | None
+    """What broke its training; None: it is sound."""
 
     @property
     def place(self) -> tuple[float, float]:
@@ -44,7 +47,7 @@ class Point:
     @property
     def leads(self) -> bool:
         """Whether nothing is better in both, and the training is sound."""
-        return self.beaten_by is None and self.verdict not in BAD
+        return self.beaten_by is None and self.fault is None
 
 
 def pareto(comparison: Comparison, styles: Mapping[str, Style]) -> Plot | None:
@@ -74,7 +77,7 @@ def pareto(comparison: Comparison, styles: Mapping[str, Style]) -> Plot | None:
                 part.set_gid(whose)
             mark: Any = {"ls": "", "marker": style.marker, "ms": 10, "mew": 1.6, "mfc": fill}
             (handles[point.label],) = axes.plot(*point.place, **mark, **ink)
-            if point.verdict in BAD:
+            if point.fault:
                 axes.plot(*point.place, ls="", marker="x", ms=15, mew=2, color=INK, gid=whose)
         axes.margins(0.12)
         axes.set_xlabel("peak memory of the fullest device (GiB): less is better")
@@ -89,7 +92,8 @@ def _points(group: Group) -> list[Point]:
     for one in group.summaries:
         memory, speed = one.figures.get(MEMORY), one.figures.get(SPEED)
         if memory and speed and math.isfinite(memory.median) and math.isfinite(speed.median):
-            points.append(Point(one.label, memory, speed, one.verdict.verdict, beaten.get(one.label)))
+            fault = None if one.sound else fault_in_words(one)
+            points.append(Point(one.label, memory, speed, one.verdict.verdict, beaten.get(one.label), fault))
     return points
 
 
@@ -107,7 +111,7 @@ def _words(points: Sequence[Point]) -> Iterator[str]:
     receded = [f"{point.label} (by {point.beaten_by})" for point in points if point.beaten_by]
     if receded:
         yield f"Dominated, and drawn pale: {', '.join(receded)}."
-    broken = [f"{point.label} ({words(point.verdict)})" for point in points if point.verdict in BAD]
+    broken = [f"{point.label} ({point.fault})" for point in points if point.fault]
     if broken:
         yield f"Crossed out, because their training broke: {', '.join(broken)}."
     if any(point.verdict == "not_judged" for point in points):

@@ -186,7 +186,7 @@ def terminal_ratios(table: RatioTable) -> Table:
 
     shown = [place for place, field in enumerate(table.fields) if FIGURES[field] is not None]
     grid = Table(
-        box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), title=table.title,
+        box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0), title=Text(table.title),
         title_justify="left", title_style="bold",
     )  # fmt: skip
     grid.add_column("backend", no_wrap=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.judge.rows import Row, step_loss
+from bench.judge.rows import Row, median, step_loss
 from bench.record.schema import Step
 from bench.show.bands import Band, band_of, draw_band
 from bench.show.columns import number
@@ -219,7 +219,13 @@ def frame_values(axes: Axes, placed: Sequence[float], *, logarithmic: bool) -> N
 def _ends(name: str, rows: Sequence[Row], band: Band, curve: Curve) -> str:
     broken, places = len(band.broken), len(band.places)
     if len(rows) > 1:
-        text = f"{name}, {len(rows)} runs, from {number(band.median[0])} to {number(band.median[-1])}"
+        series = [_series(row, curve) for row in rows]
+        # Of the values themselves: one that has no place on the axis, such as 0 on a logarithm, is a value.
+        first, last = (
+            median([value for run in series if (value := run.get(place)) is not None])
+            for place in (band.places[0], band.places[-1])
+        )
+        text = f"{name}, {len(rows)} runs, from {number(first)} to {number(last)}"
         return f"{text}, {broken} of {places} steps not finite in one or more" if broken else text
     values = tuple(_series(rows[0], curve).values())
     text = f"{ended(rows[0].name, rows[0])} from {number(values[0])} to {number(values[-1])}"

@@ -7,6 +7,7 @@ is empty, and NaN and Infinity are written out.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -139,10 +140,15 @@ def _marked(column: Column, line: Line) -> str:
     return f"**{text}**" if column.field in line.best else text
 
 
+EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
+"""An underscore that is not within a word: of __init__, not of up_proj (CommonMark 0.31, section 6.2)."""
+
+
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, no new table cell or line."""
-    for sign in "\\`*[]|":
+    for sign in "\\`*~[]|":
         text = text.replace(sign, f"\\{sign}")
+    text = EMPHASIS.sub(r"\\_", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return printable(" ".join(text.split()))
 
