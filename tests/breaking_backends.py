@@ -45,6 +45,7 @@ class Plant:
             data = data[os.write(self.pipe, data) :]
 
     def fails(self) -> None:
+        time.sleep(float(os.environ.get("QLORA_PLANT_SECONDS", "0")))
         self.tell({"event": "outcome", "status": "error", "message": "planted"})
         os._exit(0)
 

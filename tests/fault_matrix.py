@@ -191,6 +191,8 @@ MATRIX: tuple[Fault, ...] = (
           exit_code=130),
     Fault("Ctrl-C twice", HAND, "the second while the first is being answered: the worker does not listen to SIGTERM",
           ("stopped by the user",), "interrupted", "launch", exit_code=130),
+    Fault("Ctrl-C while repeating", HAND, "with --force, in the second run of what is recorded: the first record "
+          "stays", ("planted",), "error", "launch", exit_code=130),
     Fault("command killed", HAND, "kill -9 of the command: its worker ends too", (), None, exit_code=-9),
 )  # fmt: skip
 

@@ -98,9 +98,17 @@ class Place:
     def simple(self, *backends: str, flags: Sequence[str] = ("--quiet",), **options: Any) -> Found:
         return self.run(self.arguments(*backends, flags=flags), **options)
 
-    def start(self, *backends: str, before: Callable[[], None] | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        *backends: str,
+        flags: Sequence[str] = (),
+        more: Mapping[str, str] = {},
+        before: Callable[[], None] | None = None,
+    ) -> subprocess.Popen[bytes]:
         """The command, until its first worker is there."""
-        process = subprocess.Popen(self.arguments(*backends), env=self.variables(), preexec_fn=before,  # noqa: PLW1509
+        self.log.unlink(missing_ok=True)
+        process = subprocess.Popen(self.arguments(*backends, flags=flags), env=self.variables(more),
+                                   preexec_fn=before,  # noqa: PLW1509
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
         deadline = time.monotonic() + 60
         while not self.workers():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 from bench.record.store import read_record
 from tests.fault_place import Found, Place, scene, worker_is_gone
@@ -39,8 +40,8 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _interrupted(place: Place, backend: str, times: int) -> Found:
-    process = place.start(backend, before=_hear_ctrl_c)
+def _interrupted(place: Place, backend: str, times: int, **options: Any) -> Found:
+    process = place.start(backend, before=_hear_ctrl_c, **options)
     try:
         for _ in range(times):
             process.send_signal(signal.SIGINT)
@@ -62,6 +63,14 @@ def _ctrl_c(place: Place) -> Found:
 @scene("Ctrl-C twice")
 def _ctrl_c_twice(place: Place) -> Found:
     return _interrupted(place, "early-deaf", 2)
+
+
+@scene("Ctrl-C while repeating")
+def _ctrl_c_while_repeating(place: Place) -> Found:
+    place.simple("early-fails")
+    found = _interrupted(place, "early-fails", 1, flags=("--force",), more={"QLORA_PLANT_SECONDS": "600"})
+    assert "leave --force out" in found.errors
+    return found
 
 
 @scene("command killed")

@@ -14,6 +14,7 @@ from bench.ask.conversations import read_conversations
 from bench.ask.documents import parsed
 from bench.ask.experiment import Workload
 from bench.ask.shapes import MOST_LAYERS
+from bench.cli.forecast import command_line
 from bench.errors import LONGEST_LINE, BrokenFile, UserError, printable
 from bench.judge.comparison import compare
 from bench.judge.rows import make_rows
@@ -73,6 +74,52 @@ def test_a_preset_that_cannot_be_is_refused_by_name(front: Front, text: str, why
 def test_an_empty_path_of_training_text_is_not_the_folder_one_stands_in(front: Front, value: str) -> None:
     ended = front.holds(["run", "--dry-run", *TINY, "--set", f"workload.data={value}"], "workload.data is empty")
     assert ended.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("run", *TINY, "--out", ""), "--out"), (("forecast", *TINY, "--out", ""), "--out"), (("report", ""), "DIR"), (("runs", ""), "FOLDER"),
+        (("watch", ""), "FOLDER"), (("compare", "", "."), "BASE"), (("compare", ".", "."), "'.' holds no records"), (("diagnose", ""), "FILE"),
+        (("run", *TINY, "--model", ""), "--model"), (("run", "--preset", "tiny", "--backend", ""), "--backend"),
+        (("run", "--preset", "tiny", "--backend", ","), "--backend"),
+    ],
+)  # fmt: skip
+def test_what_is_empty_is_not_left_out(front: Front, arguments: tuple[str, ...], named: str) -> None:
+    """A shell's variable that was not set: it trained every backend, or wrote into the folder one stands in."""
+    assert front.holds(arguments, named).code == 2
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "1e10", "0"])
+def test_an_interval_that_cannot_be_waited_for_is_refused(front: Front, seconds: str) -> None:
+    assert front.holds(["watch", ".", "--every", seconds], "--every").code == 2
+
+
+def test_links_in_a_ring_are_no_folder(front: Front) -> None:
+    Path("ring").symlink_to("ring")
+    assert front.holds(["report", "ring"], "'ring' is not a folder of records").code == 2
+
+
+def test_more_cards_than_python_reads_are_refused(front: Front) -> None:
+    assert front.holds(["plan", "--preset", "tiny", "--cards", f"{'9' * 5000}x24GB"], "--cards").code == 2
+
+
+@pytest.mark.parametrize("line", ["released = 2024-06-07", f"{'.'.join('a' * 4000)} = 1"])
+def test_a_shape_that_no_config_json_can_hold_is_refused(front: Front, line: str) -> None:
+    Path("mine.toml").write_text(SIX.replace("[architecture]\n", f"[architecture]\n{line}\n"), encoding="utf-8")
+    assert front.holds(["run", "--dry-run", "--backend", "hqq", "--preset", "mine.toml"], "architecture").code == 2
+
+
+@pytest.mark.parametrize("setting", ["hqq.group_size=99999999999999999999", "cpu_threads=18446744073709551616"])
+def test_a_number_that_no_record_can_hold_is_refused_before_the_run(front: Front, setting: str) -> None:
+    ended = front.holds(["run", *TINY, "--set", setting], "more than 64 bits")
+    assert ended.code == 2
+
+
+def test_the_command_of_a_forecast_is_text_whatever_the_folder_is_called() -> None:
+    told = command_line({"out": Path("/tmp/\udcff"), "preset": "six"})
+    assert told.encode() == b"qlora-bench forecast --out '/tmp/\\udcff' --preset six"
 
 
 @pytest.mark.parametrize("table", ["options", "synthetic_options"])

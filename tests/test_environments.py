@@ -119,6 +119,10 @@ def test_what_does_not_run_there_is_refused_in_one_line(folder: Path, command: C
     assert "did you mean 'toy'" in command.refused(*flags, "--environment", "tooy")
     line = command.refused(*flags, "--environment", "toy", "--backend", "hqq")
     assert line.endswith("backend 'hqq' does not run in environment 'toy'; it runs in: current")
+    describe(folder, "nothing", interpreter=sys.executable)
+    for more in ((), ("--placement", "split")):
+        line = command.refused(*flags, "--environment", "nothing", *more)
+        assert "no backend says that it runs in environment 'nothing'" in line
     describe(folder, "odd", surprise="value")
     assert "unknown key 'surprise'" in command.refused(*flags, "--environment", "odd")
     assert not out.exists()

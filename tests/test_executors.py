@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from bench.errors import BadValue, MissingModel, UserError
 from bench.judge.comparison import compare
 from bench.record.schema import Record
 from bench.record.store import Store
+from bench.run import launch
 from bench.run.arrange import Asked, arrange
 from bench.run.cluster import no_room_message, resources_of, room_for
 from bench.run.executors import Job, LocalExecutor, Needs, choose_executor
@@ -141,6 +143,44 @@ def test_every_interrupted_run_is_recorded_and_the_same_command_goes_on(sweep: S
     list(run_sweep(sweep, Silent(), executor))
     assert len(executor.taken) == 5
     assert set(saved(sweep).values()) == {"completed"}
+
+
+def test_repeating_what_is_interrupted_costs_no_record(sweep: Sweep) -> None:
+    list(run_sweep(sweep, Silent(), Together(room=1)))
+    before = {path: path.read_bytes() for path in sweep.store.folder.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        list(run_sweep(replace(sweep, force=True), Silent(), Together(room=2, stop_after=0)))
+    assert {path: path.read_bytes() for path in sweep.store.folder.iterdir()} == before
+
+
+def test_repeating_what_can_be_run_no_more_costs_no_record(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(run_sweep(sweep, Silent(), Together(room=1)))
+    monkeypatch.setattr("bench.run.sweep.obstacle", lambda request, entry: "its library is gone")
+    ended = list(run_sweep(replace(sweep, force=True), Silent(), Together(room=1)))
+    assert {one.status for one in ended} == {"unavailable"}
+    assert set(saved(sweep).values()) == {"completed"}
+
+
+@pytest.mark.parametrize("when", ["while it is written", "while it is put together"])
+def test_ctrl_c_does_not_tear_a_record(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    def pressed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def during(*given: Any, **named: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return function(*given, **named)
+
+        return during
+
+    (first, *_) = sweep.requests
+    where, name = {"while it is written": (os, "fsync"), "while it is put together": (launch, "record_of")}[when]
+    monkeypatch.setattr(where, name, pressed(getattr(where, name)))
+    monkeypatch.setattr(launch, "_work", lambda order, told, *_: told.fail("planted") or launch.NO_WORKER)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_sweep(sweep, Silent()))
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    assert saved(sweep) == {first.key: "error"}
 
 
 def test_an_executor_keeps_what_it_found_about_the_cards(sweep: Sweep) -> None:

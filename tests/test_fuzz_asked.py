@@ -33,6 +33,8 @@ WHOLE = tomllib.loads(SIX) | {
     "workload": {"sequence_length": 64, "micro_batch_size": 2, "steps": 6, "warmup_steps": 1, "padding": "left"},
     "lora": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "up_proj"], "precision": "float32"},
     "optimizer": {"learning_rate": 1e-4, "max_gradient_norm": 0.5}, "timeout_seconds": 60.0, "cpu_threads": 1, "fidelity": "off",
+    "backends": ["hqq"], "first_repeat": 1, "trace": True, "cache": False, "placement": "single", "device": "cpu",
+    "stress": {"model.layers.0.mlp.up_proj": 4.0},
 }  # fmt: skip
 ASKING = st.sampled_from((
     ("run", "--dry-run", "--backend", "hqq"), ("run", "--dry-run", "--backend", "hqq,awq", "--json"), ("plan", "--cards", "24GB", "--backend", "hqq"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,7 @@ def test_a_missing_record_is_named_with_its_command(tmp_path: Path, records: lis
     (note,) = join([tmp_path]).notes
     assert note.startswith("Shard 1 of 3: 1 of its ")
     assert key in note
+    assert "--shard 1/3" in note
     assert command in note
 
 
@@ -168,7 +171,25 @@ def test_shards_run_apart_are_the_runs_of_the_whole(command: Command, tmp_path: 
         losses = [step.losses for step in record.steps]
         return record.key, record.workload.digest, record.lora.initial_digest, losses
 
-    assert sorted(map(work, joined.records)) == sorted(map(work, Store(tmp_path / "whole").records()))
+    whole_work = sorted(map(work, Store(tmp_path / "whole").records()))
+    assert sorted(map(work, joined.records)) == whole_work
+
+    # What the note offers makes what is missing, either way.
+    def of_the_shard(note: str) -> list[str | Path]:
+        return [*asked, *shlex.split(re.findall(r"--shard \d/\d", note)[0]), "--out", tmp_path / "parts"]
+
+    def of_one_run(note: str) -> list[str | Path]:
+        return [*shlex.split(note.rsplit(": qlora-bench ", 1)[1]), "--quiet", "--out", folder]
+
+    folder = tmp_path / "parts" / "shard-2-of-2"
+    for mending in (of_the_shard, of_one_run):
+        next(folder.glob("*.record.json")).unlink()
+        (note,) = join([tmp_path / "parts"]).notes
+        mended = command.run(*mending(note))
+        assert mended.returncode == 0, mended.stderr
+        joined = join([tmp_path / "parts"])
+        assert joined.notes == ()
+        assert sorted(map(work, joined.records)) == whole_work
 
 
 def test_a_forecast_s_slices_are_no_runs_of_the_model_wherever_the_report_is_written(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from bench.ask.experiment import Experiment
 from bench.ask.models import (
     SYNTHETIC_NOTE,
+    _reachable,
     cache_folder,
     find_on_disk,
     fingerprint_folder,
@@ -103,6 +104,27 @@ def test_real_weights_that_are_not_here_are_missing():
 def test_a_hub_model_that_is_not_here_is_missing_and_says_how_to_go_on():
     with pytest.raises(MissingModel, match="--download"):
         resolved("nobody/no-such-model-here")
+
+
+def test_the_hub_is_asked_for_where_its_address_says(monkeypatch):
+    asked = []
+
+    class Connection:
+        def close(self):
+            pass
+
+    def connect(address, timeout):
+        asked.append(address)
+        return Connection()
+
+    monkeypatch.setattr("socket.create_connection", connect)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    assert _reachable("https://hub") and _reachable("http://mirror") and _reachable("http://mirror:8080/hub")
+    assert asked == [("hub", 443), ("mirror", 80), ("mirror", 8080)]
+    assert not _reachable("http://mirror:80x")
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"https": "http://proxy:3128"})
+    assert _reachable("https://hub")
+    assert len(asked) == 3, "only the proxy can tell"
 
 
 def test_a_name_that_can_be_no_model_is_missing():

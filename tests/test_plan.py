@@ -1,4 +1,5 @@
 import json
+import tomllib
 
 import pytest
 from click.testing import CliRunner
@@ -209,7 +210,55 @@ def test_the_recorded_command_overrides_what_a_preset_set(tmp_path):
 
 def test_the_command_of_a_later_repeat_plans_its_seed():
     asked = dry_run("--preset", "tiny", "--weights", "synthetic", "--backend", "bf16", "--repeats", "3")[2]
-    assert again(asked).seed == asked.seed == 2
+    assert again(asked) == asked
+    assert (asked.seed, asked.repeat) == (2, 2)
+
+
+def test_more_repeats_of_what_was_run_before_are_paired_with_it():
+    flags = ("--preset", "tiny", "--weights", "synthetic", "--backend", "bf16", "--seed", "5")
+    whole = dry_run(*flags, "--repeats", "4")
+    assert dry_run(*flags, "--first-repeat", "2", "--repeats", "2") == whole[2:]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        'repeats = 3\nfirst_repeat = 2\nseed = 7',
+        'cache = true\ntimeout_seconds = 60.0\ntrace = true',
+        'placement = "split"\ndevice_count = 2',
+        '[stress]\n"model.layers.*.mlp.up_proj" = 16.0',
+    ],
+)
+def test_what_a_preset_of_ones_own_sets_is_in_the_run_and_in_its_command(tmp_path, values):
+    file = tmp_path / "mine.toml"
+    shape = '[architecture]\nmodel_type = "qwen2"\nnum_hidden_layers = 2\nhidden_size = 64\n'
+    shape += "num_attention_heads = 4\nintermediate_size = 128\nvocab_size = 512\n"
+    file.write_text(f'description = "mine"\nmodel = "local/tiny"\nbackends = ["bf16"]\n{values}\n{shape}')
+    asked = dry_run("--preset", str(file), "--weights", "synthetic")
+    given = tomllib.loads(values)
+    for name in given.keys() - {"repeats", "first_repeat", "seed"}:
+        assert getattr(asked[0], name) == given[name]
+    assert [one.repeat for one in asked] == ([2, 3, 4] if "repeats" in given else [0])
+    assert {one.backend for one in asked} == {"bf16"}
+    for one in asked:
+        assert again(one) == one
+
+
+def test_flags_override_what_a_preset_of_ones_own_sets(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'description = "mine"\nmodel = "local/tiny"\nbackends = ["hqq"]\ncache = true\ntimeout_seconds = 60.0\n'
+        'placement = "split"\n[stress]\n"model.layers.0.mlp.up_proj" = 16.0\n'
+        '[architecture]\nmodel_type = "qwen2"\nnum_hidden_layers = 2\nhidden_size = 64\n'
+        "num_attention_heads = 4\nintermediate_size = 128\nvocab_size = 512\n"
+    )
+    (asked,) = dry_run(
+        "--preset", str(file), "--weights", "synthetic", "--backend", "bf16", "--timeout-seconds", "90",
+        "--set", "cache=false", "--placement", "single", "--stress", "model.layers.1.mlp.up_proj=4",
+    )  # fmt: skip
+    assert (asked.backend, asked.cache, asked.timeout_seconds, asked.placement) == ("bf16", False, 90.0, "single")
+    assert asked.stress == {"model.layers.1.mlp.up_proj": 4.0}
+    assert again(asked) == asked
 
 
 def test_another_calibration_is_another_run(tmp_path):

@@ -187,6 +187,22 @@ def test_what_says_nothing_about_a_backend_is_tried_again(tmp_path, status, stan
     assert Store(tmp_path).finished(made.key) is stands
 
 
+def test_what_says_nothing_about_a_backend_replaces_nothing_that_does(tmp_path):
+    store, made = Store(tmp_path), record("hqq")
+    nothing = failed("hqq", "interrupted", "train", "why").model_copy(
+        update={"key": made.key, "request": made.request}
+    )
+    assert store.keep(nothing)
+    assert store.keep(made)
+    assert not store.keep(nothing)
+    assert list(store.records()) == [made]
+    crashed = nothing.model_copy(update={"status": "crashed"})
+    assert store.keep(crashed), "what was observed later is the record"
+    assert list(store.records()) == [crashed]
+    store.path(made.key).write_text("{")
+    assert store.keep(nothing), "a broken one is no loss"
+
+
 def test_a_completed_run_is_finished(tmp_path):
     Store(tmp_path).save(record("hqq"))
     assert Store(tmp_path).finished(record("hqq").key)

@@ -22,7 +22,7 @@ TianheWu/CoSeR#10) and 79.10 GiB (H100 80 GB, huggingface/trl#3172); the lowest 
 keep error-correcting codes in their memory (A10, L4) show less: name those in GiB."""
 MOST_CARDS = 1024
 MOST_GIB = 4096
-PATTERN = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>GB|GiB|G)", re.I)
+PATTERN = re.compile(r"(?:(?P<count>\d{1,9})\s*x\s*)?(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>GB|GiB|G)", re.I)
 EXAMPLE = "for example --cards 7x24GB, --cards 80GB or, exactly as CUDA reports it, --cards 2x79.1GiB"
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -24,3 +24,15 @@ def parsed(text: str | bytes, whole: Callable[[str], int] = int) -> Any:
     except UnicodeEncodeError:
         raise ValueError("it holds half of a surrogate pair, which is no text") from None
     return value
+
+
+def endless_numbers(value: Any, path: str = "") -> Iterator[str]:
+    """Dotted path of every whole number in ``value`` that 64 bits cannot hold."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from endless_numbers(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from endless_numbers(inner, f"{path}[{place}]")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield path

@@ -145,7 +145,10 @@ class Experiment(Frozen):
     fidelity: Literal["auto", "on", "off"] = "auto"
     """Compare the gradient with an unquantized reference's after the training; auto: for real weights."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of repeat 0; repeat k has this plus k."""
     repeats: Annotated[int, Field(ge=1, le=1000)] = 1
+    first_repeat: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    """Which repeat is the first: a later one by itself, or more of what was run before."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 3600.0
     cpu_threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of torch in each worker; None: every core this process may use."""

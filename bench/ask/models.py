@@ -180,20 +180,32 @@ def _download(name: str) -> Path:
     and a Hub that takes a request and says nothing is not waited for without end."""
     from huggingface_hub import constants, get_session, snapshot_download
 
-    parts = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=5).close()
-    except OSError:
+    if not _reachable(constants.ENDPOINT):
         raise MissingModel(
             f"model '{name}' is not on this disk and the Hub cannot be reached from here",
             _ways_on(shape_known=False),
-        ) from None
+        )
     get_session().event_hooks["request"].append(_limited)
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED_PATTERNS)))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MissingModel(f"model '{name}' could not be fetched: {reason}") from error
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether a connection to the Hub can be opened; with a proxy in between only the download can tell."""
+    from urllib.request import getproxies, proxy_bypass
+
+    try:
+        parts = urlsplit(endpoint)
+        host, port = parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+        if parts.scheme in getproxies() and not proxy_bypass(host):
+            return True
+        socket.create_connection((host, port), timeout=5).close()
+    except (OSError, ValueError):  # ValueError: a port that is no number
+        return False
+    return True
 
 
 def _limited(request: Any) -> None:

@@ -178,7 +178,7 @@ def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
             cpu_threads=cpu_threads,
             versions=versions[backend],
         )
-        for repeat in range(experiment.repeats)
+        for repeat in range(experiment.first_repeat, experiment.first_repeat + experiment.repeats)
         for backend in experiment.backends
     ]
 
@@ -196,26 +196,34 @@ def _flags(request: RunRequest) -> list[str]:
     """Flags that plan ``request`` again: what the command line has a flag for, and as ``--set`` whatever
     differs from what the preset gives by itself."""
     model = request.model
-    flags = {
+    preset = _experiment_of_preset(request.preset)
+    elsewhere = request.environment != (preset.environment or CURRENT)
+    flags: dict[str, str | float | None] = {
         "preset": request.preset,
         "backend": request.backend,
-        "environment": request.environment if request.environment != CURRENT else None,
+        "environment": request.environment if elsewhere else None,
         "dtype": request.dtype,
         "device": request.device,
         "model": model.name,
         "weights": model.weights,
         "layers": model.layers,
         "calibration": request.calibration if request.calibration != "published" else None,
-        "seed": request.seed,
+        "seed": request.seed - request.repeat,
+        "first-repeat": request.repeat if request.repeat != preset.first_repeat else None,
     }
+    # What the preset asks for more often, or until later, is one run here.
+    flags |= {"repeats": 1} if preset.repeats != 1 else {}
+    if request.timeout_seconds != preset.timeout_seconds:
+        flags["timeout-seconds"] = request.timeout_seconds
     settings = {f"{request.backend}.{name}": value for name, value in request.options.items()}
-    asked, given = _settable(request), _settable(_experiment_of_preset(request.preset))
+    asked, given = _settable(request), _settable(preset)
     settings |= {name: value for name, value in asked.items() if name not in given or value != given[name]}
     settings["fidelity"] = "on" if request.fidelity else "off"
-    if request.placement != "single":
+    # On cards "auto" may choose another placement than was asked for.
+    if request.device == "cuda" or request.placement != "single" or preset.placement != "auto":
         settings |= {"placement": request.placement, "device_count": request.device_count}
-    if request.cache:
-        settings["cache"] = True
+    if request.cache != preset.cache:
+        settings["cache"] = request.cache
     spelt = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
     for pattern, factor in request.stress.items():
         spelt += ["--stress", f"{pattern}={factor:.17g}"]

@@ -6,6 +6,7 @@ and sets the workload where the defaults do not fit. Flags and ``--set`` overrid
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -44,6 +45,10 @@ class Preset(Frozen):
     def _sizes(cls, architecture: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         if architecture is not None and (problem := size_problem(architecture)):
             raise ValueError(problem)
+        try:
+            json.dumps(architecture)
+        except (TypeError, RecursionError) as error:  # TOML has dates, and dotted keys of any depth
+            raise ValueError(f"it holds what a config.json cannot: {error}") from None
         return architecture
 
     @property
@@ -101,7 +106,7 @@ def _parse(name: str, text: str) -> Preset:
         preset = Preset.model_validate(values)
         # By itself: flags come on top of what the preset alone must be able to say.
         model = Experiment
-        Experiment.model_validate({**preset.experiment_values, "preset": name, "backends": ()})
+        Experiment.model_validate({"backends": (), **preset.experiment_values, "preset": name})
     except ValidationError as error:
         raise BadValue(f"preset '{name}': " + "; ".join(describe(error, model))) from None
     return preset

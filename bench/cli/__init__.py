@@ -64,6 +64,9 @@ def main() -> NoReturn:
     except UserError as error:
         click.echo(f"qlora-bench: {error}", err=True)
         sys.exit(EXIT_BAD_INPUT)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(EXIT_BAD_INPUT)
     except click.ClickException as error:
         click.echo(f"qlora-bench: {one_line(error.format_message())}", err=True)
         sys.exit(EXIT_BAD_INPUT)

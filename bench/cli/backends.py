@@ -53,7 +53,7 @@ def backends(as_json: bool) -> None:
 
 @click.command()
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was checked as JSON.")
 def check(name: str, as_json: bool) -> None:
     """Check that backend NAME keeps the contract, on a small model that is drawn at random."""
     import tempfile

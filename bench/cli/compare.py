@@ -12,6 +12,7 @@ import click
 
 from bench.cli.allow import allow_option
 from bench.cli.endings import EXIT_REGRESSION
+from bench.cli.paths import GivenPath
 from bench.errors import BadValue, BrokenFile, UserError
 
 if TYPE_CHECKING:
@@ -23,18 +24,18 @@ STANDARD_OUTPUT = Path("-")
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
+@click.argument("base", type=GivenPath())
+@click.argument("new", type=GivenPath())
 @click.option(
     "--thresholds",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     metavar="FILE",
     help="TOML file with other limits than the packaged ones; --show-thresholds prints those.",
 )
 @allow_option
 @click.option(
     "--markdown",
-    type=click.Path(path_type=Path, allow_dash=True),
+    type=GivenPath(allow_dash=True),
     metavar="FILE",
     help="Write a comment for a pull request into FILE; - prints it instead of the table.",
 )

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from bench.cli.paths import GivenPath
+
 MOST_STEPS = 1_000_000
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=GivenPath())
 @click.option(
     "--logging-steps",
     type=click.IntRange(1, MOST_STEPS),

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.cli.allow import allow_option
-from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.endings import EXIT_FAILED_RUNS, end_interrupted
 from bench.cli.narrowed import Narrowed
+from bench.cli.paths import GivenPath
 from bench.cli.reports import written_report
 from bench.cli.run import run_options
+from bench.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +31,20 @@ SHARED = {"preset", "dtype", "attention", "checkpointing", "workload", "lora", "
 """Fields of a request that all slices share."""
 
 
-@click.command(cls=Narrowed, without=("layers", "stress", "trace", "cache", "placement", "device_count"))
+REPLACED = ("layers", "stress", "trace", "cache", "placement", "device_count", "out")
+"""Options of ``run`` that a forecast sets itself, or has its own of."""
+
+
+@click.command(cls=Narrowed, without=REPLACED)
 @run_options
 @allow_option
+@click.option(
+    "--out",
+    "folder",
+    type=GivenPath(file_okay=False),
+    metavar="DIR",
+    help="Folder of forecast, records and report.  [default: results/local/forecast-PRESET]",
+)
 @click.option(
     "--slices", default="2,4", show_default=True, metavar="N,N[,N]", help="Layer counts that are measured."
 )
@@ -83,7 +96,7 @@ def forecast(
     from bench.show.forecast import forecast_table
     from bench.show.terminal import Terminal, say
 
-    allow = flags.pop("allow")
+    allow, flags["out"] = flags.pop("allow"), flags.pop("folder")
     console = Terminal(stderr=as_json, quiet=quiet or as_json)
 
     def tell(line: str) -> None:
@@ -132,8 +145,7 @@ def _measured(plan: ForecastPlan, console: Console, tell: Callable[[str], None])
         with Display(console) as display:
             return Measuring(plan, display, tell).all()
     except KeyboardInterrupt:
-        click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        end_interrupted(force=plan.sweep.force)
 
 
 def concluded(
@@ -224,4 +236,5 @@ def command_line(given: Mapping[str, Any]) -> str:
             parts.append(flag)
         for one in value if isinstance(value, tuple) else () if value is True else (value,):
             parts += [flag, str(one)]
-    return "qlora-bench " + shlex.join(parts)
+    # A path may hold bytes that are no text, and the forecast is a text file.
+    return printable("qlora-bench " + shlex.join(parts))

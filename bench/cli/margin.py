@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from bench.cli.allow import allow_option
-from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.endings import EXIT_FAILED_RUNS, end_interrupted
 from bench.cli.narrowed import Narrowed
 from bench.cli.reports import written_report
 from bench.cli.run import run_options
 
 
-@click.command(cls=Narrowed, without=("dtype", "stress", "repeats"))
+@click.command(cls=Narrowed, without=("dtype", "stress", "repeats", "first_repeat"))
 @run_options
 @allow_option
 @click.option(
@@ -72,8 +72,7 @@ def margin(
             runner = OneByOne(plan.sweep, display, evidence, tell)
             measure_margins(plan, runner, next_exponent)
     except KeyboardInterrupt:
-        click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        end_interrupted(force=plan.sweep.force)
     store = plan.sweep.store
     _, files = written_report(list(store.records()), store.folder, allow)
     margins = find_margins(runner.records, plan.module)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.paths import GivenPath
 
 if TYPE_CHECKING:
     from bench.record.overhead import ProcessTimes
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As in qlora-bench run.")
 @click.option(
-    "--json", "file", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    "--json", "file", type=GivenPath(dir_okay=False), metavar="FILE",
     help="Write every process and every figure there.",
 )  # fmt: skip
 def overhead(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bench.cli.allow import allow_option
+from bench.cli.paths import GivenPath
 from bench.errors import UserError, one_line, unknown
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ def _paths(files: ReportFiles) -> dict[str, object]:
 
 
 @click.command()
-@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, required=True, metavar="DIR...", type=GivenPath())
 @allow_option
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=GivenPath(file_okay=False),
     metavar="DIR",
     help="Folder of the report.  [default: the first DIR]",
 )
@@ -113,7 +114,7 @@ def _quoted(folders: Sequence[Path]) -> str:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=GivenPath())
 @click.option("--json", "as_json", is_flag=True, help="Print all records as one JSON array.")
 def runs(folder: Path, as_json: bool) -> None:
     """List the records in FOLDER."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from bench.cli.allow import allow_option, other_commits
-from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.endings import EXIT_FAILED_RUNS, end_interrupted
 from bench.cli.executors import executor_of, executor_options
+from bench.cli.paths import GivenPath
 from bench.cli.reports import show
-from bench.errors import BadValue, UserError, unknown
+from bench.errors import BadValue, UserError, one_line, unknown
 
 if TYPE_CHECKING:
+    from bench.record.schema import Record
     from bench.run.sweep import Sweep
 
 RETRIED = ("failed",)
@@ -43,7 +44,8 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--layers", type=int, metavar="N", help="Keep only the first N decoder layers."),
     click.option("--steps", type=int, metavar="N", help="Optimizer steps of each run."),
     click.option("--repeats", type=int, metavar="N", help="Runs of each backend, with paired seeds."),
-    click.option("--seed", type=int, metavar="N", help="Seed of the first repeat."),
+    click.option("--first-repeat", type=int, metavar="K", help="Begin with repeat K instead of 0."),
+    click.option("--seed", type=int, metavar="N", help="Seed of repeat 0; repeat K has N + K."),
     click.option("--data", type=click.Path(dir_okay=False), metavar="FILE", help="JSONL training text."),
     click.option(
         "--calibration",
@@ -69,7 +71,7 @@ OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--out",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=GivenPath(file_okay=False),
         metavar="DIR",
         help="Folder of records and report.  [default: results/local/PRESET]",
     ),
@@ -144,12 +146,10 @@ def run(
         return
     try:
         with Display(console) as display:
-            for _ in run_sweep(sweep, display, where):
-                pass
+            failed = [one for one in run_sweep(sweep, display, where) if one.status != "completed"]
     except KeyboardInterrupt:
-        click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
-        sys.exit(EXIT_INTERRUPTED)
-    _conclude(sweep, allow, as_json=as_json, quiet=quiet)
+        end_interrupted(force=sweep.force)
+    _conclude(sweep, failed, allow, as_json=as_json, quiet=quiet)
 
 
 def _check_retry(retry: str | None, *, force: bool) -> None:
@@ -162,9 +162,11 @@ def _check_retry(retry: str | None, *, force: bool) -> None:
         )
 
 
-def _conclude(sweep: Sweep, allow: frozenset[str], *, as_json: bool, quiet: bool) -> None:
+def _conclude(
+    sweep: Sweep, failed: Sequence[Record], allow: frozenset[str], *, as_json: bool, quiet: bool
+) -> None:
     """Report on what is recorded. Ends the program with 1 where a run did not complete or its record is
-    gone."""
+    gone. ``failed``: the records of the runs that were tried now and did not."""
     from bench.record.store import read_record
 
     if not sweep.requests:
@@ -173,6 +175,11 @@ def _conclude(sweep: Sweep, allow: frozenset[str], *, as_json: bool, quiet: bool
     paths = [sweep.store.path(request.key) for request in sweep.requests]
     records = [read_record(path) for path in paths if path.exists()]
     show(records, sweep.store.folder, allow, as_json=as_json, quiet=quiet)
+    status = {record.key: record.status for record in records}
+    kept = [one for one in failed if status.get(one.key, one.status) != one.status]
+    for one in kept:
+        reason = f"{one.key} was not repeated ({one.status}: {one.message}); its earlier record is kept"
+        click.echo(one_line(f"qlora-bench: {reason}"), err=True)
     gone = 0 if sweep.retry_failed else len(paths) - len(records)
     if gone:
         click.echo(
@@ -180,7 +187,7 @@ def _conclude(sweep: Sweep, allow: frozenset[str], *, as_json: bool, quiet: bool
             "meanwhile; the same command makes them again",
             err=True,
         )
-    if gone or any(record.status != "completed" for record in records):
+    if gone or kept or any(record.status != "completed" for record in records):
         sys.exit(EXIT_FAILED_RUNS)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bench.cli.allow import allow_option
-from bench.cli.endings import EXIT_FAILED_RUNS, EXIT_INTERRUPTED
+from bench.cli.endings import EXIT_FAILED_RUNS, end_interrupted
 from bench.cli.narrowed import Narrowed
 from bench.cli.reports import written_report
 from bench.cli.run import run_options
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bench.run.triage import TriagePlan
 
 
-@click.command(cls=Narrowed, without=("repeats",))
+@click.command(cls=Narrowed, without=("repeats", "first_repeat"))
 @run_options
 @allow_option
 @click.option(
@@ -61,8 +61,7 @@ def triage(
         with Display(console) as display:
             found = climbed_triage(plan, OneByOne(plan.sweep, display, evidence, tell))
     except KeyboardInterrupt:
-        click.echo("interrupted: finished records are kept, the same command goes on from here", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        end_interrupted(force=plan.sweep.force)
     store = plan.sweep.store
     path = save_triage(store.folder, found)
     _, files = written_report(list(store.records()), store.folder, allow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Mapping
@@ -10,16 +11,25 @@ from pathlib import Path
 import click
 
 from bench.cli.allow import allow_option
-from bench.errors import UserError
+from bench.cli.paths import GivenPath
+from bench.errors import BadValue, UserError
+
+
+def _finite(context: click.Context, parameter: click.Parameter, seconds: float) -> float:
+    """Refuse NaN, which is neither below nor above any limit."""
+    if math.isnan(seconds):
+        raise BadValue("--every nan: expected a number of seconds")
+    return seconds
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=GivenPath())
 @allow_option
 @click.option(
     "--every",
     "every_seconds",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=86_400),
+    callback=_finite,
     default=5.0,
     show_default=True,
     metavar="SECONDS",

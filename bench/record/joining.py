@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.errors import BrokenFile
 from bench.record.schema import Record
 from bench.record.slices import PlannedRun, PlanSlice, slices_below
 from bench.record.store import Store
@@ -29,7 +30,7 @@ class Joined:
 def join(folders: Sequence[Path]) -> Joined:
     """The records in ``folders`` and below them. Raises BrokenFile as `Store.records` does."""
     # A folder that is named twice, or that another one contains, is read once.
-    given = {folder.resolve(): folder for folder in folders}
+    given = {_resolved(folder): folder for folder in folders}
     roots = [
         folder
         for whole, folder in given.items()
@@ -42,6 +43,13 @@ def join(folders: Sequence[Path]) -> Joined:
         records=tuple(sorted(kept.values(), key=lambda record: (record.started_at, record.key))),
         notes=(*_of_duplicates(twice), *_of_gaps(slices, kept)),
     )
+
+
+def _resolved(folder: Path) -> Path:
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: symbolic links in a ring
+        raise BrokenFile(f"'{folder}' is not a folder of records: {error}") from None
 
 
 def _once(records: Iterable[Record]) -> tuple[dict[str, Record], dict[str, int]]:
@@ -89,13 +97,18 @@ def _of_gaps(slices: Sequence[PlanSlice], kept: Mapping[str, Record]) -> list[st
                 shard = f"Shard {place} of {len(parts)}"
                 shard += f" of plan {number}" if len(plans) > 1 else ""
                 shard += "" if place in present else ", whose folder is not among these"
-                notes.append(f"{shard}: {_of_gap(missing, len(part))}")
+                again = f"The sweep's command with --shard {place}/{len(parts)}"
+                notes.append(f"{shard}: {_of_gap(missing, len(part), again)}")
     return notes
 
 
-def _of_gap(missing: Sequence[PlannedRun], planned: int) -> str:
+def _of_gap(missing: Sequence[PlannedRun], planned: int, again: str) -> str:
     names = _named([run.key for run in missing])
-    return f"{len(missing)} of its {planned} runs without a record: {names}. First: {missing[0].command}"
+    # A run's own command has no --out: where a record lies is no part of what the run is.
+    return (
+        f"{len(missing)} of its {planned} runs without a record: {names}. {again} makes only what "
+        f"is missing. The first alone, with --out for a folder among these: {missing[0].command}"
+    )
 
 
 def _named(keys: Sequence[str]) -> str:

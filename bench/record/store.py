@@ -78,10 +78,20 @@ class Store:
         path = self.path(key)
         if not path.exists():
             return False
-        record = read_record(path)
-        # Cards on which copies arrive changed say nothing about the backend either.
-        stopped = record.status == "error" and record.preflight is not None and record.preflight.stopped
-        return not stopped and record.status not in REPEATED_STATUSES
+        return stands(read_record(path))
+
+    def keep(self, record: Record) -> bool:
+        """As `save`, but that a record which says nothing about the backend replaces none that does: to
+        repeat a run that is then interrupted, or cannot be started, must not cost what was measured.
+
+        Returns whether it was saved.
+        """
+        if not stands(record):
+            with suppress(BrokenFile):  # that one is no loss
+                if self.finished(record.key):
+                    return False
+        self.save(record)
+        return True
 
     def failed(self, key: str) -> bool:
         """Whether the run of this key has a record, and did not complete."""
@@ -125,6 +135,13 @@ class Store:
         if not there:
             raise BrokenFile(f"'{self.folder}' is not a folder of records")
         return sorted(self.folder.rglob(f"*{SUFFIX}"))
+
+
+def stands(record: Record) -> bool:
+    """Whether a record says something about the backend, so that its run is not tried again."""
+    # Cards on which copies arrive changed say nothing about the backend either.
+    stopped = record.status == "error" and record.preflight is not None and record.preflight.stopped
+    return not stopped and record.status not in REPEATED_STATUSES
 
 
 def read_record(path: Path) -> Record:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.ask.conversations import file_digest, read_conversations
+from bench.ask.documents import endless_numbers
 from bench.ask.experiment import Experiment, build_experiment, parse_setting
 from bench.ask.packing import CALIBRATIONS
 from bench.ask.placement import place
@@ -39,6 +40,7 @@ FLAGS = (
     "weights",
     "layers",
     "repeats",
+    "first_repeat",
     "seed",
     "timeout_seconds",
 )
@@ -61,6 +63,7 @@ class Asked:
     layers: int | None = None
     steps: int | None = None
     repeats: int | None = None
+    first_repeat: int | None = None
     seed: int | None = None
     data: str | None = None
     calibration: str = "auto"
@@ -135,6 +138,8 @@ def arrange(asked: Asked) -> Arranged:
         environments=environments,
         versions=versions_of(entries, environments),
     )
+    for request in {request.backend: request for request in requests}.values():
+        _refuse_what_no_record_holds(request)
     placed = ""
     if experiment.placement == "auto" and experiment.device_count is None and not elsewhere:
         requests, placed = settle(requests, cuda_devices())
@@ -154,6 +159,13 @@ def arrange(asked: Asked) -> Arranged:
         f"{_counted(sweep, requests, own)} of {experiment.workload.steps} steps"
     )
     return Arranged(sweep, headline, requests, own)
+
+
+def _refuse_what_no_record_holds(request: RunRequest) -> None:
+    """Raise BadValue for a whole number that could be run, and whose record could not be read again."""
+    for path in endless_numbers(request.model_dump()):
+        name = path.replace("options.", f"{request.backend}.", 1) if path.startswith("options.") else path
+        raise BadValue(f"{name}: a whole number of more than 64 bits cannot be recorded")
 
 
 def _options(
@@ -196,8 +208,12 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
         **preset.experiment_values,
         "preset": name,
         "architecture": preset.architecture,
-        "backends": _backend_ids(asked.backends, entries, environment),
+        "backends": _backend_ids(
+            asked.backends or preset.experiment_values.get("backends", ()), entries, environment
+        ),
     }
+    if asked.model == "":
+        raise BadValue("--model is empty: expected a Hub id or a folder")
     for flag in FLAGS:
         if getattr(asked, flag) is not None:
             values[flag] = getattr(asked, flag)
@@ -206,7 +222,10 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
             _put(values, ("workload", flag), getattr(asked, flag))
     if asked.cache:
         values["cache"] = True
-    values["stress"], values["trace"] = parse_stress(asked.stress), asked.trace
+    if asked.stress:
+        values["stress"] = parse_stress(asked.stress)
+    if asked.trace:
+        values["trace"] = True
     for text in asked.settings:
         path, value = parse_setting(text, entries)
         _put(values, path, value)
@@ -218,15 +237,23 @@ def _experiment(asked: Asked, entries: dict[str, Entry]) -> tuple[Experiment, Pr
 
 
 def _backend_ids(given: Sequence[str], entries: dict[str, Entry], environment: str) -> list[str]:
-    """The ids that were given. ``all``: those that run in the environment, so that what it means does not
-    depend on what else was built on a machine."""
-    names = [name for text in given for name in text.split(",") if name] or ["all"]
+    """The ids that were given; none: all. ``all``: those that run in the environment, so that what it means
+    does not depend on what else was built on a machine."""
+    names = [name for text in given for name in text.split(",") if name]
+    if given and not names:
+        raise BadValue("--backend is empty: expected the id of a backend", "or 'all'")
+    names = names or ["all"]
     chosen: list[str] = []
     for name in names:
         if name != "all" and name not in entries:
             raise unknown("backend", name, [*entries, "all"])
         every = (n for n in entries if runs_in(entries[n], environment)) if name == "all" else [name]
         chosen += [n for n in every if n not in chosen]
+    if not chosen:
+        raise BadValue(
+            f"no backend says that it runs in environment '{environment}'",
+            "name the backends with --backend, or in its environment.toml",
+        )
     return chosen
 
 

@@ -20,6 +20,7 @@ from bench.probe.surroundings import Witness
 from bench.record.depths import DepthTimes
 from bench.record.schema import Record
 from bench.run.environments import command_in
+from bench.run.interruption import held_back
 from bench.run.listening import Listener, listen
 from bench.run.order import Order
 from bench.run.ranks import processes_of
@@ -37,7 +38,7 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
     """Run one order in a fresh worker and return its record.
 
     A packed checkpoint that is missing is made first, in a process of its own. Raises KeyboardInterrupt
-    only after the worker has been stopped; the record of the interrupted run is the exception's argument.
+    only after the worker has been stopped; the record of the run is the exception's argument.
     """
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     told = Told()
@@ -55,9 +56,11 @@ def run_one(order: Order, listener: Listener = lambda event: None) -> Record:
             ending = _witnessed(order, told, listener)
     except KeyboardInterrupt:
         interrupted = True
-    record = record_of(
-        order, told, ending, interrupted, prepare_seconds, started_at, time.monotonic() - began
-    )
+    with held_back() as hold:
+        record = record_of(
+            order, told, ending, interrupted, prepare_seconds, started_at, time.monotonic() - began
+        )
+        hold.carried = (record,)
     if interrupted:
         raise KeyboardInterrupt(record)
     return record

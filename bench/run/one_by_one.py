@@ -55,9 +55,9 @@ class OneByOne:
         # --force repeats what an earlier command recorded, not what this one did.
         force = self.sweep.force and request.key not in self._done
         sweep = replace(self.sweep, requests=[request], force=force, replay=replay)
-        for _ in run_sweep(sweep, self.watcher):
-            pass
-        record = read_record(self.sweep.store.path(request.key))
+        ran = list(run_sweep(sweep, self.watcher))
+        # What just happened, even where it was not saved over an older record that says more.
+        record = ran[-1] if ran else read_record(self.sweep.store.path(request.key))
         if request.key not in self._done:
             self._done.add(request.key)
             self.records.append(record)

@@ -21,6 +21,7 @@ from bench.record.store import Store
 from bench.run import environments
 from bench.run.executors import Executor, Job, LocalExecutor
 from bench.run.here import order_here
+from bench.run.interruption import held_back
 from bench.run.listening import Listener
 from bench.run.order import Order
 from bench.run.preflight import Examiner
@@ -110,7 +111,8 @@ def run_sweep(sweep: Sweep, watcher: Watcher, executor: Executor | None = None) 
 
     ``executor``: where, which has been entered; None: here, one run after another. Unless it examines cards
     itself, they are looked at before the first run on CUDA; where a copy between them arrives changed, every
-    waiting run gets a record that says so. Raises KeyboardInterrupt after the interrupted runs' records have
+    waiting run gets a record that says so. A record that says nothing about the backend is yielded and
+    replaces none that does (`Store.keep`). Raises KeyboardInterrupt after the interrupted runs' records have
     been saved.
     """
     executor = executor or LocalExecutor()
@@ -124,7 +126,8 @@ def run_sweep(sweep: Sweep, watcher: Watcher, executor: Executor | None = None) 
     def keep(record: Record) -> Record:
         record = with_preflight(record, found)
         rule.observe(record)
-        sweep.store.save(record)
+        with held_back():
+            sweep.store.keep(record)
         watcher.ended(record)
         return record
 
