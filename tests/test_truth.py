@@ -19,6 +19,7 @@ from tests.command import ROOT
 from tests.record_factory import MIB, record, step
 from tests.truth import memory, verdicts
 from tests.truth.__main__ import line
+from tests.truth.plants import HELD_MIB, MEMORY_REACH, MEMORY_REPEATS, MEMORY_REPEATS_AT_MOST
 from tests.truth.session import Session
 
 A, B = "bf16", "hqq"
@@ -115,6 +116,34 @@ def holding(more_mib: dict[str, int], repeats: int = 10, noise_mib: float = 2.0)
 )  # fmt: skip
 def test_held_memory_is_right_in_its_phase_alone(more_mib: dict[str, int], right: bool) -> None:
     assert memory.judge_held(holding(more_mib), A, B, "backward", 64 * MIB).right is right
+
+
+def held_sessions(repeats_at_most: int, sessions: int = 300) -> float:
+    """Share of sessions that are right, where pairs scatter as those of two real ones did: by 4 to 10 MiB."""
+    rng, right = random.Random(5), 0
+    for _ in range(sessions):
+        # Of each adapter one: the readings of a run scatter together.
+        columns: list[list[float]] = [[] for _ in range(4)]
+        scatters = [rng.uniform(4, 10) * MIB for _ in columns]
+        while True:
+            for column, scatter in zip(columns, scatters, strict=True):
+                column += [rng.gauss(0, scatter) for _ in range(MEMORY_REPEATS)]
+            found = [memory.Difference.of(column) for column in columns]
+            if len(columns[0]) >= repeats_at_most or max((one.high - one.low) / 2 for one in found) <= MEMORY_REACH:
+                break
+        right += all(one.is_what_was_planted(0, HELD_MIB * MIB) for one in found)
+    return right / sessions
+
+
+@pytest.mark.parametrize(("repeats", "most", "least"), [(MEMORY_REPEATS, 0.8, 0.5), (MEMORY_REPEATS_AT_MOST, 1.0, 0.95)])
+def test_how_often_held_memory_is_found_hangs_on_the_repeats(repeats: int, most: float, least: float) -> None:
+    assert least <= held_sessions(repeats) <= most
+
+
+def test_the_widest_reach_is_of_all_adapters_and_phases() -> None:
+    few, many = (memory.widest_reach(holding({}, repeats=repeats), A, [B]) for repeats in (5, 20))
+    assert many < few / 1.5
+    assert memory.widest_reach(holding({}, repeats=1), A, [B]) == math.inf
 
 
 @pytest.mark.parametrize("unfit", [{"noise_mib": 30.0}, {"repeats": 1}])

@@ -8,7 +8,7 @@ planted, and is narrow beside it: noise that could hide the plant is a wrong ans
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -94,6 +94,13 @@ def judge_hidden_weights(records: Sequence[Record], plain: str, hiding: str) -> 
         right=more.is_what_was_planted(planted, planted),
         values={"planted_bytes": planted, "more_bytes": _values({"loaded": more})},
     )
+
+
+def widest_reach(records: Sequence[Record], plain: str, others: Iterable[str]) -> float:
+    """How far the widest interval of any of them in any phase reaches to either side, in bytes."""
+    found = [_more(records, plain, other, phase) for other in others for phase in PHASE_READINGS]
+    reaches = [(difference.high - difference.low) / 2 for difference in found]
+    return math.inf if any(map(math.isnan, reaches)) else max(reaches)
 
 
 def _more(records: Sequence[Record], plain: str, other: str, phase: str) -> Difference:
