@@ -235,6 +235,14 @@ def test_calibration_may_scale_what_is_left_unquantized():
     assert len(compare([record("bf16"), changed(other, "quantization", calibration="awq")]).groups) == 1
 
 
+@pytest.mark.parametrize("calibration", ["rtn", "random"])
+def test_a_checkpoint_made_of_another_draw_of_the_weights_is_another_model(calibration):
+    other = changed(record("gptq"), "load", weights_digest=digest("drawn on a CPU, and the others on a card"))
+    other = changed(other, "quantization", calibration=calibration)
+    comparison = compare([record("bf16"), other])
+    assert [item.name for item in comparison.differences] == ["unquantized weights (digest)"]
+
+
 def test_failed_runs_are_rows_and_in_no_group():
     comparison = compare([record("bf16"), failed("hqq", "crashed", "load", "signal 9")])
     assert [found.label for found in comparison.rows] == ["bf16", "hqq"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.run.isolation import ALLOCATOR_VARIABLE, SETTINGS, WatchedVariables
+from bench.run.isolation import ALLOCATOR_VARIABLE, SETTINGS, WatchedVariables, apply_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDING = """
@@ -108,6 +108,13 @@ def test_the_allocator_variable_is_restored_and_what_was_wanted_is_told(environm
         environment[ALLOCATOR_VARIABLE] = "expandable_segments:True"
     assert environment[ALLOCATOR_VARIABLE] == SETTINGS[ALLOCATOR_VARIABLE]
     assert watched.changed == {ALLOCATOR_VARIABLE: "expandable_segments:True"}
+
+
+def test_the_allocator_s_older_name_rules_no_run(environment):
+    environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    apply_settings()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment
+    assert environment[ALLOCATOR_VARIABLE] == SETTINGS[ALLOCATOR_VARIABLE]
 
 
 def test_the_variable_is_restored_when_the_library_raises(environment):

@@ -40,6 +40,11 @@ def test_synthetic_weights_are_rounded():
     assert packed(folder=None).calibration == "rtn"
 
 
+def test_synthetic_weights_of_a_card_are_another_checkpoint_and_real_ones_are_not(cache):
+    assert packed(folder=None, device="cuda").folder != packed(folder=None, device="cpu").folder
+    assert packed("rtn", folder=cache, device="cuda").folder == packed("rtn", folder=cache, device="cpu").folder
+
+
 def test_synthetic_weights_are_rounded_even_where_calibration_was_asked():
     found = packed("calibrated", folder=None)
     assert found.calibration == "rtn"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,7 +121,28 @@ def test_an_error_of_the_parent_does_not_overrule_what_the_worker_said() -> None
     assert (made.status, made.stage, made.message, made.steps) == ("error", "train", "no memory", ())
 
 
+def test_what_follows_a_complete_training_does_not_overrule_it() -> None:
+    what = told()
+    what.take({"event": "outcome", "status": "error", "message": "the card fell off its bus in the replay"})
+    assert (made_of(what).status, made_of(what).message) == ("completed", None)
+
+
 # ---- how the worker names what was raised
+
+
+def test_an_outcome_is_told_though_its_traceback_can_be_written_nowhere(tmp_path: Path) -> None:
+    """The scratch folder's disk is full, which may be what failed."""
+    order = tmp_path / "order.json"
+    order.write_text(Order(request=request("bf16", device="cuda"), model_folder=tmp_path / "none").model_dump_json())
+    read_end, write_end = os.pipe()
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", "bench.run.worker", str(order), str(write_end)]
+        # It ends when its parent's end of stdin closes.
+        with subprocess.Popen(command, cwd=ROOT, stderr=full, stdin=subprocess.PIPE, pass_fds=[write_end]) as worker:
+            os.close(write_end)
+            with os.fdopen(read_end, encoding="utf-8") as events:
+                last = json.loads(events.readlines()[-1])
+    assert (last["event"], last["status"]) == ("outcome", "error"), worker.returncode
 
 
 @pytest.mark.parametrize(
@@ -130,6 +153,10 @@ def test_an_error_of_the_parent_does_not_overrule_what_the_worker_said() -> None
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "out_of_memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out_of_memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), "out_of_memory"),
+        (RuntimeError("CUDA driver error: out of memory"), "out_of_memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out_of_memory"),
+        (RuntimeError("NCCL error: unhandled cuda error, Last error:\nCuda failure 2 'out of memory'"), "out_of_memory"),
+        (RuntimeError("NCCL error in: ... Failed to CUDA calloc async 608 bytes"), "out_of_memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "error"),
         (ImportError("undefined symbol"), "unavailable"),
         (SystemExit(3), "error"),

@@ -1,10 +1,13 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from bench.errors import BrokenFile
+from bench.load.model import skeleton
+from bench.load.packed import pack_checkpoint
 from bench.load.weights import CheckpointWeights, SyntheticWeights, seed_of
 
 SHAPES = {
@@ -128,3 +131,29 @@ def test_a_missing_tensor_is_named(shards):
 
 def test_the_metadata_is_no_tensor(shards):
     assert "__metadata__" not in CheckpointWeights(shards[0])
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_checkpoint_is_packed_of_weights_drawn_where_it_will_be_read(tmp_path, device):
+    """A CPU and a card draw different values: packed of the other's, it would be another model."""
+    architecture = {
+        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = skeleton(architecture, "sdpa")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    asked = set()
+
+    class Asked:
+        def __contains__(self, name):
+            return True
+
+        def tensor(self, name, device):
+            asked.add(device)
+            return torch.zeros(shapes[name])
+
+    backend = SimpleNamespace(pack=lambda dense: {"qweight": dense}, config=dict)
+    folder = tmp_path / "packed"
+    pack_checkpoint(model, Asked(), backend, architecture, folder, None, lambda *_: None, torch.device(device))
+    assert asked == {torch.device(device)}
+    assert CheckpointWeights(folder).tensor("model.norm.weight").device.type == "cpu"

@@ -77,6 +77,9 @@ def packed_folder(request: RunRequest, model: ResolvedModel) -> Path:
         "version": request.versions.get("gptqmodel") if request.calibration == "calibrated" else None,
         "layout": LAYOUT,
     }
+    if model.folder is None and request.device != "cpu":
+        # Drawn there, with other values than a CPU draws.
+        body["drawn_on"] = request.device
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / "packed" / f"{request.backend}-{request.calibration}-{digest}"
 

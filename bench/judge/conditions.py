@@ -71,9 +71,11 @@ def _same_dtype(row: Row) -> Hashable:
 
 
 def _same_placement(row: Row) -> Hashable:
-    """Another dtype has other bytes, and AWQ's calibration scales the norms: digests agree within both."""
+    """Another dtype has other bytes, and a library's calibration may scale the norms (AWQ's does): digests
+    agree within both. Rounding to nearest and random codes leave alone what is not quantized."""
     quantization = row.record.quantization
-    return row.repeat, row.effective_dtype, quantization.calibration if quantization else None
+    calibration = quantization.calibration if quantization else None
+    return row.repeat, row.effective_dtype, None if calibration in ("rtn", "random") else calibration
 
 
 @dataclass(frozen=True)

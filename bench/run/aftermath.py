@@ -6,7 +6,7 @@ becomes a note in the record.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from bench.ask.experiment import Dtype
@@ -66,11 +66,24 @@ class Aftermath:
         if moved and order.request.calibration == "calibrated":
             return fidelity.model_copy(update={"note": SCALES_MOVED})
         _, _, dense = builder.open(builder.request, order.model_folder)
-        errors = weight_errors(loaded.built, loaded.shapes, dense, trainer.dtype)
+        errors = weight_errors(
+            loaded.built, loaded.shapes, dense, trainer.dtype, synthetic=order.model_folder is None
+        )
         return fidelity.model_copy(update={"weight_errors": errors})
 
     def investigate(self) -> None:
-        """Replay the first failure, unless the scaler dealt with it."""
+        """Replay the first failure, unless the scaler dealt with it. What goes wrong is told as far as the
+        replay came."""
+        replay = Replay(reproduced=False)
+        try:
+            for replay in self._replayed():
+                self._tell(replay)
+        except Exception as error:  # noqa: BLE001 - a card that failed meanwhile; the training's result stands
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            self._tell(replay.model_copy(update={"error": text}))
+
+    def _replayed(self) -> Iterator[Replay]:
+        """The replay, and again after each remedy."""
         watch = self._watch
         failure = watch.finder.found if watch else None
         snapshot = watch.snapshot if watch else None
@@ -83,10 +96,10 @@ class Aftermath:
         replayer = Replayer(self._trainer, self._linears, failure, snapshot)
         replay = replayer.watched()
         self._telling.failure(refined(failure, replay))
-        self._tell(replay)
+        yield replay
         for remedy in self._remedies(replayer):
             replay = replay.model_copy(update={"remedies": (*replay.remedies, remedy())})
-            self._tell(replay)
+            yield replay
 
     def _remedies(self, replayer: Replayer) -> list[Callable[[], Remedy]]:
         remedies = [replayer.attention]

@@ -46,6 +46,9 @@ PROGRESS_INTERVAL_SECONDS = 0.2
 class Builder:
     """Builds models for one order. Raises what a backend or a broken checkpoint raises."""
 
+    seconds_apart = 0.0
+    """Spent within `build` on what is no part of a load."""
+
     def __init__(self, order: Order, channel: Channel, watched: WatchedVariables) -> None:
         self.order = order
         self.request = order.request

@@ -14,6 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+OLDER_ALLOCATOR_VARIABLE = "PYTORCH_CUDA_ALLOC_CONF"
 SETTINGS: Mapping[str, str] = {
     ALLOCATOR_VARIABLE: "backend:native",  # torch's own default, spelt out
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order NVML and nvidia-smi use
@@ -54,6 +55,9 @@ def hide_packages(names: Collection[str]) -> None:
 def apply_settings() -> None:
     """Set the environment variables that every worker runs with."""
     os.environ.update(SETTINGS)
+    # The allocator's older name, which older torch reads and newer does not: a shell that sets it would rule
+    # the runs of one environment and not those of another.
+    os.environ.pop(OLDER_ALLOCATOR_VARIABLE, None)
 
 
 class WatchedVariables:

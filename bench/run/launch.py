@@ -29,6 +29,8 @@ from bench.run.told import Ending, Told, outcome_of, record_of, times_of
 STDERR_TAIL_BYTES = 4000
 GRACE_SECONDS = 5.0
 """Between asking a worker to end and killing it."""
+KILL_SECONDS = 120.0
+"""For the system to end a worker that was killed: it gives back as much memory as the machine has."""
 STILL_WELL = Ending(exit_code=0, timed_out=False, stderr_tail=None)
 """Before any worker."""
 NO_WORKER = Ending(exit_code=None, timed_out=False, stderr_tail=None)
@@ -216,8 +218,10 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Make sure that no process of the worker's group is left, and reap it."""
-    for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+    """Make sure that no process of the worker's group is left, and reap it. One that the system cannot end
+    (it waits for a card or a disk that is gone) is left behind after a while: its run must have a record too.
+    """
+    for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
         if process.poll() is not None:
             break
         with contextlib.suppress(ProcessLookupError):

@@ -39,7 +39,7 @@ def load(builder: Builder, probe: MemoryProbe) -> Loaded:
     with cache or nullcontext():
         began = now(probe.devices)
         backend, built, shapes = builder.build(request, cache)
-        seconds = now(probe.devices) - began
+        seconds = now(probe.devices) - began - builder.seconds_apart
         if cache is not None:
             seconds -= cache.seconds_apart
             cache.finish(seconds)

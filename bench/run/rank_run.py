@@ -62,8 +62,6 @@ class RankRun(DepthRun):
         self.telling.communication = self.rank.join(self.request)
         loaded = super()._load(builder, probe, import_seconds)
         self.telling.cut = getattr(builder, "cut", None)
-        if self.telling.cut is not None:
-            loaded.facts["load_seconds"] -= self.telling.cut.seconds_apart
         self._prove_gathered()
         return loaded
 

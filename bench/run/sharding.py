@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,8 @@ from bench.ask.plan import RunRequest
 from bench.load.layout import Layout
 from bench.load.model import HASH_CHUNK_BYTES, BuiltModel, linear_shapes
 from bench.load.proof import layer_bits, quantization_breaches
-from bench.run.building import Builder
+from bench.probe.clock import now
+from bench.run.building import Builder, places_of
 
 if TYPE_CHECKING:
     from bench.load.cache import QuantizedCache
@@ -42,7 +42,7 @@ DECODER_LAYER = re.compile(r"(?:.*\.)?layers\.\d+(?=\.)")
 class Cut:
     """A model that is cut layer by layer, and what was known of it before."""
 
-    def __init__(self, model: nn.Module, backend: Backend, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, backend: Backend, mesh: DeviceMesh, device: torch.device) -> None:
         self.bits: dict[str, float] = {}
         """Linear layer -> storage bits per weight, counted while it was whole."""
         self.breaches: list[str] = []
@@ -50,6 +50,7 @@ class Cut:
         self.seconds_apart = 0.0
         """Spent on digests and counts before cutting: no part of the load."""
         self._model, self._backend, self._mesh = model, backend, mesh
+        self._devices = (device,)
         self._shapes = linear_shapes(model)
         self._waiting = _by_decoder_layer(list(self._shapes))
         self._whole: dict[str, dict[str, str]] = {}
@@ -62,9 +63,9 @@ class Cut:
         complete = set(list(self._shapes)[:done])
         for layer, linears in list(self._waiting.items()):
             if complete.issuperset(linears):
-                began = time.perf_counter()
+                began = now(self._devices)
                 self._count(linears)
-                self.seconds_apart += time.perf_counter() - began
+                self.seconds_apart += now(self._devices) - began
                 self._cut(layer)
                 del self._waiting[layer]
 
@@ -97,9 +98,10 @@ class Cut:
 
     def _cut(self, layer: str) -> None:
         module = self._model.get_submodule(layer)
-        began = time.perf_counter()
+        # What was queued before belongs to the load, and a digest waits for it.
+        began = now(self._devices)
         self._whole[layer] = _digests(module)
-        self.seconds_apart += time.perf_counter() - began
+        self.seconds_apart += now(self._devices) - began
         attributes = {name: dict(vars(p)) for name, p in module.named_parameters()}
         # The root too is gathered again for its backward: head and embedding of a large model are gigabytes.
         fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
@@ -120,7 +122,7 @@ class ShardingBuilder(Builder):
         """As `Builder`."""
         backend, model, weights = super().open(request, folder, stressed=stressed)
         if self._mesh is not None:
-            self.cut = Cut(model, backend, self._mesh)
+            self.cut = Cut(model, backend, self._mesh, places_of(request)[0].device)
         return backend, model, weights
 
     def build(
@@ -130,6 +132,7 @@ class ShardingBuilder(Builder):
         self._mesh = init_device_mesh(request.device, (request.device_count,))
         built = super().build(request, cache)
         self.cut.finish()
+        self.seconds_apart = self.cut.seconds_apart
         return built
 
     def progress(self, done: int, total: int) -> None:

@@ -62,7 +62,8 @@ class Told:
                 self.memory["process_peak_resident_bytes"] = event["bytes"]
             case "allocator":
                 self.memory |= event["counts"]
-            case "outcome":
+            # Whatever becomes of what follows a training that is complete, it is complete.
+            case "outcome" if self.status != "completed":
                 self.status, self.message = str(event["status"]), _text(event["message"])
 
     def forget(self) -> None:

@@ -9,6 +9,7 @@ torch is imported, unneeded quantization libraries are hidden before transformer
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -27,8 +28,18 @@ from bench.run.order import Order
 from bench.run.rank_run import RankChannel, RankRun, end_after_error
 from bench.run.telling import Breach
 
-EXHAUSTED = ("DefaultCPUAllocator", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-"""How torch, the CUDA runtime, cuBLAS and cuDNN say that memory is exhausted, in errors of other kinds."""
+EXHAUSTED = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "Error [CUDA]: out of memory",
+    "Cuda failure 2 'out of memory'",
+    "Failed to CUDA calloc",
+    "Failed to CUDA malloc",
+)
+"""How torch, the CUDA runtime and driver, cuBLAS and cuDNN, Triton and NCCL say that memory is exhausted, in
+errors of other kinds."""
 
 
 def main(arguments: list[str]) -> int:
@@ -43,8 +54,10 @@ def main(arguments: list[str]) -> int:
     try:
         _work(order, channel, arguments)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a library raises is this run's outcome
-        traceback.print_exc()
         channel.send("outcome", status=_status_of(error), message=_message_of(error))
+        # Last: it goes to a file, and what failed may be that the disk is full.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         if together:
             end_after_error()
     return 0
