@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from bench.load.contract import Shape
 from bench.load.model import DTYPES
 from bench.record.stability import Fidelity, WeightError
-from bench.run import fidelity
 from bench.run.fidelity import (
     LARGEST_B,
     batch_digest,
@@ -196,29 +193,6 @@ def test_weights_of_a_normal_distribution_lose_what_the_format_costs(
         assert low <= error.relative_error <= high
         assert error.worst_relative_error >= error.relative_error
         assert error.worst_module.endswith(error.projection)
-
-
-@pytest.mark.parametrize(("synthetic", "device"), [(True, "meta"), (False, "cpu")])
-def test_dense_weights_are_drawn_where_the_layers_are_or_read_from_a_file(
-    monkeypatch: pytest.MonkeyPatch, synthetic: bool, device: str
-) -> None:
-    """A CPU and a card draw different values, of which neither is an error of the other."""
-    asked: list[torch.device] = []
-
-    class Asked:
-        def __contains__(self, name: str) -> bool:
-            return True
-
-        def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-            asked.append(device)
-            return torch.zeros(2, 2)
-
-    name = "model.layers.0.mlp.up_proj"
-    layer: Any = torch.nn.Linear(2, 2, device="meta")
-    built: Any = SimpleNamespace(model=SimpleNamespace(get_submodule=lambda _: layer), layers=(name,))
-    monkeypatch.setattr(fidelity, "_layer_error", lambda *_: (1.0, 1.0))
-    weight_errors(built, {name: Shape(2, 2)}, Asked(), torch.float32, synthetic=synthetic)
-    assert asked == [torch.device(device)]
 
 
 def test_the_worst_layer_is_named() -> None:

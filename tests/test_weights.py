@@ -6,9 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from bench.errors import BrokenFile
-from bench.load.model import skeleton
-from bench.load.packed import pack_checkpoint
 from bench.load.weights import CheckpointWeights, SyntheticWeights, seed_of
+from bench.run.building import Builder
+from bench.run.isolation import WatchedVariables
+from bench.run.order import Order
+from tests.record_factory import request
 
 SHAPES = {
     "model.embed_tokens.weight": torch.Size([64, 32]),
@@ -133,27 +135,27 @@ def test_the_metadata_is_no_tensor(shards):
     assert "__metadata__" not in CheckpointWeights(shards[0])
 
 
-@pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_checkpoint_is_packed_of_weights_drawn_where_it_will_be_read(tmp_path, device):
-    """A CPU and a card draw different values: packed of the other's, it would be another model."""
-    architecture = {
-        "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64, "tie_word_embeddings": True,
-    }  # fmt: skip
-    model = skeleton(architecture, "sdpa")
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    asked = set()
+@pytest.mark.parametrize(
+    ("kind", "asked", "drawn"),
+    [("cuda", "cpu", "cuda"), ("cuda", "cuda:1", "cuda:1"), ("cpu", "cpu", "cpu"), ("cpu", "cuda", "cpu")],
+)
+def test_values_are_drawn_on_the_kind_of_device_that_trains_whoever_asks(monkeypatch, kind, asked, drawn):
+    """A CPU and a card draw different values: a checkpoint packed of the other's would be another model."""
+    moved = []
 
-    class Asked:
-        def __contains__(self, name):
-            return True
+    def draw(weights, name, device):
+        assert device == torch.device(drawn)
+        return SimpleNamespace(to=moved.append)
 
-        def tensor(self, name, device):
-            asked.add(device)
-            return torch.zeros(shapes[name])
+    monkeypatch.setattr(SyntheticWeights, "_drawn", draw)
+    SyntheticWeights(SHAPES, 0.02, kind).tensor("model.norm.weight", torch.device(asked))
+    assert moved == [torch.device(asked)]
 
-    backend = SimpleNamespace(pack=lambda dense: {"qweight": dense}, config=dict)
-    folder = tmp_path / "packed"
-    pack_checkpoint(model, Asked(), backend, architecture, folder, None, lambda *_: None, torch.device(device))
-    assert asked == {torch.device(device)}
-    assert CheckpointWeights(folder).tensor("model.norm.weight").device.type == "cpu"
+
+def test_the_weights_of_a_run_are_drawn_on_its_device(monkeypatch):
+    kinds = []
+    monkeypatch.setattr("bench.run.building.SyntheticWeights", lambda shapes, deviation, kind: kinds.append(kind))
+    for device in ("cuda", "cpu"):
+        order = Order(request=request("bf16", device=device), model_folder=None)
+        Builder(order, None, WatchedVariables()).source(None, torch.nn.Linear(2, 2), None)
+    assert kinds == ["cuda", "cpu"]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from bench.ask.packing import MANIFEST, Manifest
 from bench.load.contract import PackedBackend
 from bench.load.model import linear_shapes
-from bench.load.weights import CPU, Weights
+from bench.load.weights import Weights
 
 SHARD_BYTES = 2 * 10**9
 TOKENIZER_PATTERNS = (
@@ -43,13 +43,8 @@ def pack_checkpoint(
     folder: Path,
     source: Path | None,
     progress: Callable[[int, int], None],
-    drawn_on: torch.device = CPU,
 ) -> None:
-    """Round every linear layer to nearest and write the checkpoint, shard by shard.
-
-    ``drawn_on``: where synthetic weights are drawn for the run that reads it, so that it trains the model
-    that all other backends train: a CPU and a card draw different values.
-    """
+    """Round every linear layer to nearest and write the checkpoint, shard by shard."""
     shapes = linear_shapes(model)
 
     def fill(target: Path) -> str:
@@ -57,11 +52,10 @@ def pack_checkpoint(
         for name, _ in model.named_parameters():
             owner, _, attribute = name.rpartition(".")
             if owner not in shapes or attribute != "weight":
-                writer.add(name, weights.tensor(name, drawn_on).to(CPU))
+                writer.add(name, weights.tensor(name))
         for done, name in enumerate(shapes):
             progress(done, len(shapes))
-            dense = weights.tensor(f"{name}.weight", drawn_on).to(CPU)
-            for suffix, tensor in backend.pack(dense).items():
+            for suffix, tensor in backend.pack(weights.tensor(f"{name}.weight")).items():
                 writer.add(f"{name}.{suffix}", tensor)
         writer.finish()
         config = {**architecture, "quantization_config": backend.config()}

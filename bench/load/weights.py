@@ -54,22 +54,33 @@ class CheckpointWeights:
 
 
 class SyntheticWeights:
-    """Random tensors in a model's exact shape: the same values on every device of a kind, in whatever order
-    they are drawn. A CPU and a GPU have different generators, and so different values.
+    """Random tensors in a model's exact shape: the same values wherever and in whatever order they are asked
+    for.
+
+    A CPU and a GPU have different generators: values are drawn on a device of the kind that trains, so that
+    whoever asks for them (a loader, what packs a checkpoint on the CPU, what compares weights) gets the same
+    model.
 
     Linear, embedding and bias values are normal with ``initializer_range``, in bfloat16 as checkpoints
     are; norm weights are one. Never zeros: values change a GPU's power draw and so its speed.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], deviation: float) -> None:
+    def __init__(self, shapes: Mapping[str, torch.Size], deviation: float, kind: str = "cpu") -> None:
+        """``kind``: of the device that trains, as torch names it: cpu or cuda."""
         self._shapes = shapes
         self._deviation = deviation
+        self._kind = kind
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 
     def tensor(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """Draw one tensor where it belongs, from a generator seeded by its name."""
+        """One tensor on ``device``, drawn there where that is of the kind that trains."""
+        there = device if device.type == self._kind else torch.device(self._kind)
+        return self._drawn(name, there).to(device)
+
+    def _drawn(self, name: str, device: torch.device) -> torch.Tensor:
+        """From a generator seeded by the name."""
         shape = self._shapes[name]
         if len(shape) == 1 and name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.bfloat16, device=device)

@@ -66,9 +66,7 @@ class Aftermath:
         if moved and order.request.calibration == "calibrated":
             return fidelity.model_copy(update={"note": SCALES_MOVED})
         _, _, dense = builder.open(builder.request, order.model_folder)
-        errors = weight_errors(
-            loaded.built, loaded.shapes, dense, trainer.dtype, synthetic=order.model_folder is None
-        )
+        errors = weight_errors(loaded.built, loaded.shapes, dense, trainer.dtype)
         return fidelity.model_copy(update={"weight_errors": errors})
 
     def investigate(self) -> None:

@@ -83,7 +83,7 @@ class Builder:
         else:
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             deviation = float(self.request.model.architecture.get("initializer_range", 0.02))
-            weights = plain = SyntheticWeights(shapes, deviation)
+            weights = plain = SyntheticWeights(shapes, deviation, self.request.device)
             if self.request.calibration == "random" and isinstance(backend, PackedBackend):
                 weights = RandomCodes(plain, backend, linear_shapes(model), deviation)
         return StressedWeights(weights, self.pairs) if self.pairs and stressed else weights

@@ -22,7 +22,7 @@ from torch import nn
 from bench.load.contract import Shape
 from bench.load.lora import initial_values
 from bench.load.model import DTYPES, BuiltModel
-from bench.load.weights import CPU, Weights, seed_of
+from bench.load.weights import Weights, seed_of
 from bench.probe.ranges import Place
 from bench.record.stability import Fidelity, LayerFidelity, WeightError
 from bench.run.training import Trainer, micro_batch_loss
@@ -135,27 +135,19 @@ def _compared(
 
 @torch.no_grad()
 def weight_errors(
-    built: BuiltModel,
-    shapes: Mapping[str, Shape],
-    dense: Weights,
-    dtype: torch.dtype,
-    *,
-    synthetic: bool = False,
+    built: BuiltModel, shapes: Mapping[str, Shape], dense: Weights, dtype: torch.dtype
 ) -> tuple[WeightError, ...]:
     """How far each kind of projection's weights are from the dense ones, as the kernel multiplies them.
 
     A layer's weights are read by sending the identity through it, so what is compared is what trains; the
-    result is rounded to the compute dtype (bfloat16: 0.0017 relative). ``synthetic``: the dense ones are
-    drawn where the layer is, for a CPU and a card draw different values.
+    result is rounded to the compute dtype (bfloat16: 0.0017 relative).
     """
     sums: dict[str, tuple[float, float]] = {}
     worst: dict[str, tuple[float, str]] = {}
     for name in built.layers:
         module = built.model.get_submodule(name)
         layer = getattr(module, "base_layer", module)
-        device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), CPU)
-        wanted = dense.tensor(f"{name}.weight", device if synthetic else CPU)
-        error, size = _layer_error(layer, wanted, shapes[name], dtype, device)
+        error, size = _layer_error(layer, dense.tensor(f"{name}.weight"), shapes[name], dtype)
         kind = name.rpartition(".")[2]
         before = sums.get(kind, (0.0, 0.0))
         sums[kind] = (before[0] + error, before[1] + size)
@@ -174,9 +166,10 @@ def weight_errors(
 
 
 def _layer_error(
-    layer: nn.Module, dense: torch.Tensor, shape: Shape, dtype: torch.dtype, device: torch.device
+    layer: nn.Module, dense: torch.Tensor, shape: Shape, dtype: torch.dtype
 ) -> tuple[float, float]:
     """Squared Frobenius norms: of the difference, and of the dense weight."""
+    device = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
     error = size = 0.0
     for start in range(0, shape.in_features, IDENTITY_ROWS):
         rows = min(IDENTITY_ROWS, shape.in_features - start)

@@ -52,8 +52,6 @@ class Run:
             self._import_libraries()
             from bench.load.model import linear_shapes
             from bench.load.packed import calibrate_checkpoint, pack_checkpoint
-            from bench.load.weights import CPU
-            from bench.run.building import places_of
             from bench.run.instructions import calibration_texts
 
             builder = self._builder()
@@ -75,7 +73,6 @@ class Run:
                     self.order.packed_folder,
                     self.order.model_folder,
                     builder.progress,
-                    drawn_on=places_of(self.request)[0].device if self.order.model_folder is None else CPU,
                 )
 
     def measure(self) -> None:
