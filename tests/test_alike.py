@@ -15,8 +15,8 @@ import pytest
 
 from bench.ask.plan import RunRequest
 from bench.errors import BadValue
+from bench.judge.checks import CHECKS, Check, checks_of
 from bench.judge.comparison import Comparison, compare
-from bench.judge.conditions import CHECKS, Check, checks_of
 from bench.judge.families import ALLOWABLE, BY_NAME, FAMILIES, parse_allowed
 from bench.record.schema import Record
 from bench.record.store import Store

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from bench.probe.ranges import WRAPPER
 from bench.record.depths import SELDOM, Turns, read_times, save_times, times_key
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.building import Builder
 from bench.run.depths import ShallowTrainer, cut
 from bench.run.isolation import WatchedVariables

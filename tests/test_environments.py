@@ -20,7 +20,8 @@ from bench.errors import BadValue, BrokenFile, UserError
 from bench.load.older import in_terms_of, tokenizer_kind
 from bench.load.registry import find_backends
 from bench.run import environment_build, environments, interpreters
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.environment_build import build, name_of
 from bench.run.environments import environment_of, find_environment
 from bench.run.interpreters import WORKER_NEEDS, ask

@@ -28,7 +28,8 @@ from bench.judge.comparison import compare
 from bench.record.schema import Record
 from bench.record.store import Store
 from bench.run import launch
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.cluster import no_room_message, resources_of, room_for
 from bench.run.executors import Job, LocalExecutor, Needs, choose_executor
 from bench.run.here import find_model_here, moved_here

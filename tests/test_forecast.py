@@ -25,7 +25,7 @@ from bench.judge.forecast_notes import assumptions
 from bench.load.allowance import ALLOCATOR_SHARE, CONTEXT_BYTES
 from bench.load.fit import outlooks
 from bench.record.forecast import Forecast, forecasts_below, read_forecast, save_forecast
-from bench.run.arrange import Asked
+from bench.run.asked import Asked
 from bench.run.forecast_plan import (
     RETURN_MEMORY,
     RETURN_NOTE,

@@ -21,7 +21,7 @@ from bench.judge.ladder import evidence
 from bench.judge.margin import Margin, find_margins, next_exponent
 from bench.judge.scaler import PATIENCE_SKIPS
 from bench.record.schema import Record
-from bench.run.arrange import Asked
+from bench.run.asked import Asked
 from bench.run.margin import arrange_margin, default_module, measure_margins, stressed
 from bench.run.one_by_one import SETTLING_STEPS, OneByOne
 from bench.show.margin import bits_in_words, dtype_in_words, ending_in_words, margin_table, margin_values

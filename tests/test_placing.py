@@ -6,7 +6,8 @@ import pytest
 
 from bench.ask.plan import RunRequest
 from bench.record.environment import Device
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.placing import settle
 from tests.footprint_factory import asked
 

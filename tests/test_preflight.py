@@ -31,7 +31,8 @@ from bench.record.preflight import (
 from bench.record.schema import Record
 from bench.record.store import Store, read_record
 from bench.run import executors, preflight, sweep
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.card_checks import Card, check_cards
 from bench.run.events import Channel
 from bench.run.launch import Ending

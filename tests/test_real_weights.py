@@ -61,7 +61,8 @@ from pathlib import Path
 
 import torch
 
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.building import Builder
 from bench.run.events import Channel
 from bench.run.isolation import WatchedVariables

@@ -16,7 +16,8 @@ from bench.ask.preset import load_preset
 from bench.cli import cli
 from bench.errors import BadValue, BrokenFile, MissingModel
 from bench.record.store import read_record
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.margin import arrange_margin
 from bench.run.sweep import Sweep, run_sweep
 from bench.run.triage import arrange_triage

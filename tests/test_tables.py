@@ -7,7 +7,8 @@ from rich.console import Console
 
 from bench.judge.comparison import compare
 from bench.show.columns import COLUMNS, MISSING, number, sections
-from bench.show.tables import csv, escaped, markdown, terminal_table
+from bench.show.escaping import escaped
+from bench.show.tables import csv, markdown, terminal_table
 from tests.record_factory import (
     FAILING_MODULE,
     eight_backends,

@@ -20,7 +20,7 @@ from bench.cli.triage import climbed_triage
 from bench.errors import BadValue, BrokenFile
 from bench.judge.ladder import ORDER, cause, evidence, smallest_first
 from bench.record.triage import FILE_NAME, Rung, Triage, read_triage, save_triage
-from bench.run.arrange import Asked
+from bench.run.asked import Asked
 from bench.run.one_by_one import OneByOne
 from bench.run.rungs import OTHER_BACKENDS, Change, find_changes
 from bench.run.triage import FEW_STEPS, SEEDS, TriagePlan, arrange_triage

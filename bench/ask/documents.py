@@ -9,6 +9,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+WHOLE_NUMBERS = range(-(2**63), 2**63)
+"""Those of 64 bits: none that is recorded comes near the ends, and what is derived from a longer one (a mean,
+a place in a figure) would leave the range of floats."""
+
 
 def parsed(text: str | bytes, whole: Callable[[str], int] = int) -> Any:
     """The value of a JSON text; ``whole`` reads its whole numbers. Raises ValueError, with the reason.
@@ -27,12 +31,12 @@ def parsed(text: str | bytes, whole: Callable[[str], int] = int) -> Any:
 
 
 def endless_numbers(value: Any, path: str = "") -> Iterator[str]:
-    """Dotted path of every whole number in ``value`` that 64 bits cannot hold."""
+    """Dotted path of every whole number in ``value`` that is none of `WHOLE_NUMBERS`."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from endless_numbers(inner, f"{path}.{name}" if path else str(name))
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
             yield from endless_numbers(inner, f"{path}[{place}]")
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+    elif isinstance(value, int) and value not in WHOLE_NUMBERS:
         yield path

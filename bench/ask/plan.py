@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from bench.ask.command_line import command_line
 from bench.ask.experiment import (
     Attention,
     Dtype,
@@ -24,9 +24,7 @@ from bench.ask.experiment import (
     Placement,
     Workload,
 )
-from bench.ask.preset import load_preset
 from bench.ask.versions import CURRENT
-from bench.errors import UserError
 
 LATER_FIELDS = (
     "stress",
@@ -126,7 +124,7 @@ class RunRequest(Frozen):
     @property
     def command(self) -> str:
         """The command line that repeats this run."""
-        return "qlora-bench run " + shlex.join(_flags(self))
+        return command_line(self)
 
 
 def plan(  # noqa: PLR0913 - everything a run depends on, from many hands
@@ -190,65 +188,3 @@ def _drop_default(body: dict[str, Any], path: Sequence[str], request: RunRequest
         body, kind = body[group], kind.model_fields[group].annotation
     if body[last] == kind.model_fields[last].get_default(call_default_factory=True):
         del body[last]
-
-
-def _flags(request: RunRequest) -> list[str]:
-    """Flags that plan ``request`` again: what the command line has a flag for, and as ``--set`` whatever
-    differs from what the preset gives by itself."""
-    model = request.model
-    preset = _experiment_of_preset(request.preset)
-    elsewhere = request.environment != (preset.environment or CURRENT)
-    flags: dict[str, str | float | None] = {
-        "preset": request.preset,
-        "backend": request.backend,
-        "environment": request.environment if elsewhere else None,
-        "dtype": request.dtype,
-        "device": request.device,
-        "model": model.name,
-        "weights": model.weights,
-        "layers": model.layers,
-        "calibration": request.calibration if request.calibration != "published" else None,
-        "seed": request.seed - request.repeat,
-        "first-repeat": request.repeat if request.repeat != preset.first_repeat else None,
-    }
-    # What the preset asks for more often, or until later, is one run here.
-    flags |= {"repeats": 1} if preset.repeats != 1 else {}
-    if request.timeout_seconds != preset.timeout_seconds:
-        flags["timeout-seconds"] = request.timeout_seconds
-    settings = {f"{request.backend}.{name}": value for name, value in request.options.items()}
-    asked, given = _settable(request), _settable(preset)
-    settings |= {name: value for name, value in asked.items() if name not in given or value != given[name]}
-    settings["fidelity"] = "on" if request.fidelity else "off"
-    # On cards "auto" may choose another placement than was asked for.
-    if request.device == "cuda" or request.placement != "single" or preset.placement != "auto":
-        settings |= {"placement": request.placement, "device_count": request.device_count}
-    if request.cache != preset.cache:
-        settings["cache"] = request.cache
-    spelt = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-    for pattern, factor in request.stress.items():
-        spelt += ["--stress", f"{pattern}={factor:.17g}"]
-    if request.trace:
-        spelt.append("--trace")
-    for name, value in settings.items():
-        spelt += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return spelt
-
-
-def _settable(source: RunRequest | Experiment) -> dict[str, Any]:
-    """Settings by their ``--set`` names."""
-    groups = {"workload": source.workload, "lora": source.lora, "optimizer": source.optimizer}
-    settings = {
-        f"{group}.{name}": value
-        for group, values in groups.items()
-        for name, value in values.model_dump(mode="json").items()
-    }
-    return settings | {n: getattr(source, n) for n in ("attention", "checkpointing", "cpu_threads")}
-
-
-def _experiment_of_preset(name: str) -> Experiment:
-    """What the preset gives without any flag; the defaults where its file is not here any more."""
-    try:
-        values = load_preset(name).experiment_values
-    except UserError:
-        values = {}
-    return Experiment.model_validate({**values, "preset": name, "backends": ()})

@@ -91,7 +91,7 @@ def forecast(
     from time import monotonic
 
     from bench.record.forecast import save_forecast
-    from bench.run.arrange import Asked
+    from bench.run.asked import Asked
     from bench.run.forecast_plan import arrange_forecast, parse_subsets
     from bench.show.forecast import forecast_table
     from bench.show.terminal import Terminal, say

@@ -52,7 +52,7 @@ def margin(
     from bench.judge.finiteness import STATUSES
     from bench.judge.ladder import evidence
     from bench.judge.margin import find_margins, next_exponent
-    from bench.run.arrange import Asked
+    from bench.run.asked import Asked
     from bench.run.margin import arrange_margin, measure_margins
     from bench.run.one_by_one import OneByOne
     from bench.show.margin import margin_table, margin_values

@@ -50,7 +50,7 @@ def overhead(
     from bench.judge.overhead import judge_overhead
     from bench.record.overhead import WAYS, OverheadTimes
     from bench.record.writing import prove_writable, write_atomically
-    from bench.run.arrange import Asked
+    from bench.run.asked import Asked
     from bench.run.overhead import ProcessFailed, arrange_overhead, processes
     from bench.show.overhead import overhead_lines, overhead_values
     from bench.show.terminal import say

@@ -51,7 +51,8 @@ def plan(
     Nothing is loaded or allocated, no card and no weights are needed.
     """
     from bench.load.fit import assumptions, outlooks
-    from bench.run.arrange import Asked, arrange
+    from bench.run.arrange import arrange
+    from bench.run.asked import Asked
     from bench.show.footprint import plan_document, plan_table
     from bench.show.terminal import Terminal, say
 

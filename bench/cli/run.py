@@ -113,7 +113,8 @@ def run(
 ) -> None:
     """Benchmark backends: load, prove, train a few identical steps, record, report."""
     from bench.record.slices import save_slice
-    from bench.run.arrange import Asked, arrange
+    from bench.run.arrange import arrange
+    from bench.run.asked import Asked
     from bench.run.preflight import Examiner
     from bench.run.sweep import run_sweep
     from bench.show.progress import Display

@@ -42,7 +42,7 @@ def triage(
     """
     from bench.judge.ladder import evidence
     from bench.record.triage import save_triage
-    from bench.run.arrange import Asked
+    from bench.run.asked import Asked
     from bench.run.one_by_one import OneByOne
     from bench.run.triage import arrange_triage
     from bench.show.ladder import ladder_text

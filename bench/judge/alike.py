@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.judge.conditions import Check, checks_of, same_repeat
+from bench.judge.checks import Check, checks_of, same_repeat
 from bench.judge.rows import Row
 
 Values = tuple[str, ...]

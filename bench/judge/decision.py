@@ -9,7 +9,7 @@ hold: two backends differ *surely* where the interval of their paired ratio lies
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Difference:
     """Whether it is the better one; None: they cannot be told apart."""
     certainty: Certainty | None
     """None: they cannot be told apart."""
-    other: str = ""
+    other: str
     """Label of the other one."""
 
 
@@ -45,8 +45,8 @@ class Candidate:
 
     summary: Summary
     differences: Mapping[str, Difference]
-    """Weighed figure -> beside the one that leads in it, or beside another leader that is better where the
-    first cannot be told from it; a figure that either lacks is absent."""
+    """Weighed figure -> beside the one that leads in it; of who is no leader, beside the first that is
+    better. A figure that either lacks is absent."""
 
     @property
     def label(self) -> str:
@@ -92,7 +92,7 @@ def decide(comparison: Comparison) -> Decision | None:
         return None
     first = {field: lead for field in WEIGHED if (lead := _first(sound, field)) is not None}
     level = {field: _level(sound, field, lead) for field, lead in first.items()}
-    candidates = tuple(Candidate(one, _differences(one, first, level, sound)) for one in sound)
+    candidates = tuple(Candidate(one, _differences(one, first) | _behind(one, level, sound)) for one in sound)
     by_label = {one.label: one for one in candidates}
     return Decision(
         leaders={field: tuple(by_label[label] for label in labels) for field, labels in level.items()},
@@ -147,25 +147,26 @@ def _dominates(one: Summary, other: Summary) -> bool:
     return False not in better and True in better
 
 
-def _differences(
-    one: Summary,
-    first: Mapping[str, Summary],
-    level: Mapping[str, Collection[str]] = {},
-    sound: Sequence[Summary] = (),
+def _differences(one: Summary, first: Mapping[str, Summary]) -> dict[str, Difference]:
+    found = {field: beside(one, lead, field) for field, lead in first.items()}
+    return {field: difference for field, difference in found.items() if difference is not None}
+
+
+def _behind(
+    one: Summary, level: Mapping[str, Sequence[str]], sound: Sequence[Summary]
 ) -> dict[str, Difference]:
-    """Beside the first of each figure. Who cannot be told from it and is no leader is worse than another, a
-    leader if possible, and stands beside that one."""
-    found: dict[str, Difference] = {}
-    for field, lead in first.items():
-        told = beside(one, lead, field)
-        if told is None:
+    """In each figure in which it is no leader: beside the first of the leaders, else of the others, that is
+    better. Of the very first it may not be told apart."""
+    found = {}
+    for field, leaders in level.items():
+        if one.label in leaders:
             continue
-        leaders = level.get(field, (one.label,))
-        if told.better is None and one.label not in leaders:
-            others = sorted(sound, key=lambda other: other.label not in leaders)
-            pairs = (beside(one, other, field) for other in others)
-            told = next((pair for pair in pairs if pair and pair.better is False), told)
-        found[field] = told
+        place = {label: number for number, label in enumerate(leaders)}
+        others = sorted(sound, key=lambda other: place.get(other.label, len(place)))
+        pairs = (beside(one, other, field) for other in others)
+        better = next((pair for pair in pairs if pair is not None and pair.better is False), None)
+        if better is not None:
+            found[field] = better
     return found
 
 

@@ -1,7 +1,7 @@
 """Families of conditions: the names that ``--allow`` takes, and those that it never can.
 
 Runs stand side by side only where they agree in every condition that breaks a comparison
-(``bench.judge.conditions``). Each such condition belongs to one family of this list, so that a person need
+(``bench.judge.checks``). Each such condition belongs to one family of this list, so that a person need
 not type "effective dtype" to say that a difference in it is meant. ``parse_allowed(texts)`` reads what was
 typed.
 

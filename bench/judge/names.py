@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench.judge.conditions import Check, checks_of
+from bench.judge.checks import Check, checks_of
 from bench.judge.families import BY_NAME
 from bench.judge.labels import telling_apart
 from bench.judge.rows import Row, names_of

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.ask.plan import ModelRequest, RunRequest
-from bench.judge.conditions import CHECKS
+from bench.judge.checks import CHECKS
 from bench.judge.labels import labels_of
 from bench.judge.regression_runs import Run
 

@@ -1,7 +1,7 @@
 """Which runs of NEW did the same work as which runs of BASE.
 
 ``match(ask, allow)`` parts the completed runs of one ask by what was observed of their work: by every
-condition of ``bench.judge.conditions`` that would split a table, but for those that are compared here, the
+condition of ``bench.judge.checks`` that would split a table, but for those that are compared here, the
 versions and the commit. Runs of BASE then stand beside those of NEW, and what has no counterpart is named
 with what differs.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.judge.conditions import CHECKS, Check
+from bench.judge.checks import CHECKS, Check
 from bench.judge.regression_asks import COMPARED, Ask, Difference
 from bench.judge.regression_runs import Run
 from bench.judge.values import short

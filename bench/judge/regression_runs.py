@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from bench.judge.conditions import WATCHING
+from bench.judge.checks import WATCHING
 from bench.judge.rows import Row, make_row
 from bench.record.schema import Record
 

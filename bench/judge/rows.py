@@ -78,7 +78,7 @@ class Row:
     gradient_cosine: float | None
     """Between the whole LoRA gradient and the reference's on one fixed batch."""
     words: dict[str, str] = field(default_factory=dict, repr=False)
-    """Dotted path -> its value in words, once ``bench.judge.conditions`` has read it in the record."""
+    """Dotted path -> its value in words, once ``bench.judge.checks`` has read it in the record."""
 
     @property
     def repeat(self) -> int:

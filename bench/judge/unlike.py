@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bench.judge.alike import Difference
-from bench.judge.conditions import ENVIRONMENT, Condition
+from bench.judge.checks import ENVIRONMENT
+from bench.judge.conditions import Condition
 from bench.judge.families import BY_NAME, Family
 from bench.judge.groups import Group
 from bench.judge.values import short

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from bench.ask.documents import parsed
+from bench.ask.documents import WHOLE_NUMBERS, parsed
 from bench.errors import BrokenFile, CannotWrite
 from bench.record.collector import collector_paused
 from bench.record.migration import refuse_other_version, version_field, without_removed_fields
@@ -198,8 +198,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _refuse_endless_numbers(text: bytes) -> None:
-    """Raise ValueError for a whole number of more than 64 bits: none that is recorded comes near, and what is
-    derived from one (a mean, a place in a figure) would leave the range of floats."""
+    """Raise ValueError for one that is none of `WHOLE_NUMBERS`."""
     # The quick look comes first, since it is taken at every record, and parsing all of it takes eight times
     # as long as checking it. A small float has more digits (0.0012345678901234567), all behind its point.
     if _NINETEEN_DIGITS_OF_NO_FRACTION.search(text.translate(_DIGITS_AS_ZEROS)):
@@ -208,6 +207,6 @@ def _refuse_endless_numbers(text: bytes) -> None:
 
 def _of_64_bits(digits: str) -> int:
     # By the digits first: Python reads no number of more than 4300.
-    if len(digits) > MOST_DIGITS or not -(2**63) <= int(digits) < 2**63:
+    if len(digits) > MOST_DIGITS or int(digits) not in WHOLE_NUMBERS:
         raise ValueError(f"the whole number {digits[:MOST_DIGITS]}... has more than 64 bits")
     return int(digits)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bench.load.registry import PROBED_BY_PEFT, find_backends
 from bench.record.schema import Record
-from bench.run.arrange import Asked
+from bench.run.asked import Asked
 
 REFERENCE = "bf16"
 PRESET = "tiny"

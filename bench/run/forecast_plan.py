@@ -13,7 +13,8 @@ from bench.ask.plan import RunRequest
 from bench.ask.shapes import decoder_layers
 from bench.errors import BadValue
 from bench.record.store import Store
-from bench.run.arrange import DEFAULT_OUT, Asked, arrange
+from bench.run.arrange import DEFAULT_OUT, arrange
+from bench.run.asked import Asked
 from bench.run.order import Order
 from bench.run.sweep import Sweep
 

@@ -14,7 +14,8 @@ from bench.ask.plan import RunRequest
 from bench.ask.shapes import decoder_layers
 from bench.ask.stress import resolve_stress
 from bench.errors import BadValue
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.one_by_one import OneByOne, changed
 from bench.run.sweep import Sweep
 

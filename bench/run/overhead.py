@@ -18,7 +18,8 @@ from typing import Any
 from bench.errors import BadValue
 from bench.record.environment import Environment
 from bench.record.overhead import ProcessTimes, Way
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.launch import run_one, work_alone
 from bench.run.order import Order
 from bench.run.told import outcome_of

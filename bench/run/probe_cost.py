@@ -34,7 +34,7 @@ from bench.load.registry import foreign_libraries, get_backend
 from bench.probe.clock import now
 from bench.probe.collector import old_objects_left_alone
 from bench.record.schema import Step
-from bench.run.arrange import Asked
+from bench.run.asked import Asked
 from bench.run.bare import bare_step, read_batches
 from bench.run.building import Builder
 from bench.run.events import Channel

@@ -14,7 +14,8 @@ from bench.errors import BadValue, unknown
 from bench.load.registry import find_backends
 from bench.record.schema import Record
 from bench.record.triage import Confirmation, Evidence, Rung
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.one_by_one import OneByOne, changed, with_steps
 from bench.run.rungs import OTHER_BACKENDS, Change, find_changes
 from bench.run.sweep import Sweep

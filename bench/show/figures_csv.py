@@ -13,7 +13,7 @@ from bench.judge.comparison import Comparison
 from bench.judge.intervals import LEVEL
 from bench.judge.ranking import Standing
 from bench.judge.scaler import spelt
-from bench.show.tables import cell_text
+from bench.show.escaping import cell_text
 
 COLUMNS = (
     "group", "label", "figure", "runs", "median", "lowest", "highest", "baseline", "pairs", "ratio",

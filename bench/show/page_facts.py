@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.judge.conditions import NOT_RECORDED, ConditionValue
+from bench.judge.checks import NOT_RECORDED
+from bench.judge.conditions import ConditionValue
 from bench.judge.groups import FIGURES
 from bench.judge.rows import Row
 from bench.show.columns import Column, Line, gib

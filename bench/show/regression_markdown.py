@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from bench.judge.regression import Regression
 from bench.judge.regression_findings import Finding
+from bench.show.escaping import escaped
 from bench.show.regression import LEGEND, TITLES, cells, changed_surroundings, headline, telling
-from bench.show.tables import escaped
 
 MOST_CHARACTERS = 60_000
 """Of the whole comment; GitHub refuses more than 65,536."""

@@ -7,11 +7,9 @@ is empty, and NaN and Infinity are written out.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from bench.errors import printable
 from bench.judge.comparison import Comparison
 from bench.judge.rows import Row, largest
 from bench.judge.scaler import spelt
@@ -20,6 +18,7 @@ from bench.record.triage import Triage
 from bench.show.columns import COLUMNS, MISSING, Column, Line, changed_dtype, outcome, sections
 from bench.show.decision import decision_of
 from bench.show.differences import allowed_in_words, allowed_values, notes_on
+from bench.show.escaping import cell_text, escaped
 from bench.show.fit_markdown import card_blocks, forecast_blocks
 from bench.show.marks import best_legend
 from bench.show.ratios import ratio_blocks, ratio_tables, terminal_ratios
@@ -140,23 +139,8 @@ def _marked(column: Column, line: Line) -> str:
     return f"**{text}**" if column.field in line.best else text
 
 
-EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
-"""An underscore that is not within a word: of __init__, not of up_proj (CommonMark 0.31, section 6.2)."""
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no new table cell or line."""
-    for sign in "\\`*~[]|":
-        text = text.replace(sign, f"\\{sign}")
-    text = EMPHASIS.sub(r"\\_", text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return printable(" ".join(text.split()))
-
-
 # ---- CSV -----------------------------------------------------------------------------------------
 
-FORMULA = ("=", "+", "-", "@")
-"""What a formula begins with."""
 DERIVED = (
     "measured_steps", "step_seconds_median", "step_seconds_min", "step_seconds_max", "tokens_per_second",
     "first_loss", "last_loss", "gradient_norm_median", "gradient_norm_max", "non_finite_steps",
@@ -245,10 +229,3 @@ def _raw(value: object) -> str | None:
         # pandas would write NaN as an empty cell, as if it were missing.
         return repr(value) if math.isfinite(value) else spelt(value)
     return cell_text(value) if isinstance(value, str) else str(value)
-
-
-def cell_text(text: str) -> str:
-    """A text of a record as a cell of a CSV: printable, and no formula."""
-    text = printable(text)
-    # Spreadsheets pass over leading white space.
-    return f"'{text}" if text.lstrip().startswith(FORMULA) else text

@@ -16,7 +16,8 @@ from bench.ask.plan import RunRequest
 from bench.judge.rows import make_rows
 from bench.record.preflight import Preflight
 from bench.record.schema import Record
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.launch import Listener, end
 from bench.run.sweep import run_sweep
 from bench.run.told import ended_in_words

@@ -12,7 +12,8 @@ from typing import Any
 
 from bench.ask.plan import RunRequest
 from bench.errors import BadValue, UserError
-from bench.run.arrange import Asked, arrange
+from bench.run.arrange import arrange
+from bench.run.asked import Asked
 from bench.run.environments import python_path
 from tests.command import ROOT
 from tests.peers.cases import Case, Environment, data_without_a_target
