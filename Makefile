@@ -72,7 +72,7 @@ stability: smollm2 ## The slow tests: stability on real weights (SmolLM2), margi
 
 soak: smollm2 ## The long proofs: faults, kill -9 at random moments, 20,000 bad inputs, Ray, the older stack
 	$(BIN)/python -m bench.run.environment_build legacy
-	$(BIN)/python -m pytest --timeout=7200 -m "soak and alone" $(FLAGS)
+	$(BIN)/python -m pytest --timeout=14400 -m "soak and alone" $(FLAGS)
 	$(BIN)/python -m pytest --timeout=7200 -n 2 --dist loadfile -m "soak and not alone" $(FLAGS)
 
 docs: $(READY) ## Write docs/record.md, docs/commands.md and the record's JSON Schema out of the code

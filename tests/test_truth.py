@@ -218,7 +218,7 @@ def test_other_work_is_split_off_and_named(
 def test_every_known_answer(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.truth", "--out", tmp_path / "records", "--json", tmp_path / "truth.json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=7100, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=14_000, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(Store(tmp_path / "records" / "twice").records())) == 200
