@@ -19,7 +19,7 @@ from collections.abc import Iterable
 LONGEST_LINE = 1000
 """Characters of the line that a person reads; what is longer loses its middle."""
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_SEPARATORS = re.compile(r"[\x1c-\x1f]")
+_BLANKS = re.compile(r"(?:[ \t\n]|\r\n)+")
 
 
 class UserError(Exception):
@@ -71,8 +71,9 @@ def _spelt_out(found: re.Match[str]) -> str:
 
 def one_line(text: str) -> str:
     """``text`` as one printable line of at most `LONGEST_LINE` characters."""
-    # To `split` these four are space, and a name that has one would be shown as another.
-    line = printable(" ".join(_SEPARATORS.sub(_spelt_out, text).split()))
+    # Not by `split`, to which a lone carriage return and a dozen more are space too: a name that has one
+    # would be shown as another.
+    line = printable(_BLANKS.sub(" ", text).strip(" "))
     if len(line) <= LONGEST_LINE:
         return line
     half = (LONGEST_LINE - 3) // 2

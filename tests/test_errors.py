@@ -45,3 +45,9 @@ def test_nothing_is_near_to_the_empty_text():
 def test_a_name_with_a_separator_is_shown_as_it_is():
     """str.split takes these for space."""
     assert str(UserError("'a\x1f b\x1c' is not there")) == r"'a\x1f b\x1c' is not there"
+    assert str(UserError("'\ra\x0bb\x85' is not there")) == r"'\ra\x0bb\x85' is not there"
+    assert str(UserError("'a\u3000b' is not there")) == "'a\u3000b' is not there"
+
+
+def test_lines_of_any_system_are_joined():
+    assert str(UserError("\tone\r\n two\n\n\tthree\r\n")) == "one two three"
