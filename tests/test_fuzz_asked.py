@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bench import cli
 from bench.ask.experiment import SETTABLE
 from bench.ask.preset import load_preset
-from bench.errors import printable
+from bench.errors import one_line, printable
 from tests.forecast_factory import SIX
 from tests.front import Front
 from tests.fuzzing import budgets, fuzzed
@@ -100,7 +100,9 @@ def test_flags_of_every_command(front: Front, data: st.DataObject) -> None:
 
 def _parts(value: str) -> list[str]:
     words = printable(value).split()
-    return [words[0][:20].removeprefix("./")] if words and words[0] != "./" else ["'.'"]
+    if words and words[0] != "./":
+        return [words[0][:20].removeprefix("./")]
+    return ["'.'", one_line(f"'{value}'")]  # of blanks alone, too
 
 
 def _value(parameter: click.Parameter) -> st.SearchStrategy[str]:
