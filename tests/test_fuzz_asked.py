@@ -90,7 +90,7 @@ def test_flags_of_every_command(front: Front, data: st.DataObject) -> None:
     for argument in (p for p in command.params if isinstance(p, click.Argument)):
         value = data.draw(_value(argument))
         arguments.insert(data.draw(st.integers(0, len(arguments))), value) if not chosen else arguments.append(value)
-        named += [argument.human_readable_name, str(argument.name).upper(), "folder", "file", "backend", "No such option", *_parts(value)]
+        named += [argument.human_readable_name, "folder", "file", "backend", "No such option", *_parts(value)]
     if "preset" not in {option.name for option in chosen} and name not in ("backends", "check", "diagnose", "report", "runs", "schema", "compare", "watch"):
         arguments += ["--preset", "tiny"]
     if name == "run" and data.draw(st.booleans()):
